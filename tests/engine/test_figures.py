@@ -1,0 +1,148 @@
+"""Motion numbers, displacement, DVARS: against other tools' formulas, computed anew."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import phantom
+from keepstill import figures, geometry
+
+SHAPE = (64, 60, 36)
+small = st.floats(-0.3, 0.3)
+shift = st.floats(-15, 15)
+
+
+def matrices(n, seed=0, size=2.0):
+    return np.array(phantom.drift(n, seed, size))
+
+
+def spm_matrix(p):
+    """SPM's spm_matrix for shifts and pitch, roll, yaw: M = T R1(x) R2(y) R3(z)."""
+    x, y, z = p[3:]
+    r1 = np.array([[1, 0, 0], [0, np.cos(x), np.sin(x)], [0, -np.sin(x), np.cos(x)]])
+    r2 = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
+    r3 = np.array([[np.cos(z), np.sin(z), 0], [-np.sin(z), np.cos(z), 0], [0, 0, 1]])
+    out = np.eye(4)
+    out[:3, :3] = r1 @ r2 @ r3
+    out[:3, 3] = p[:3]
+    return out
+
+
+@given(st.tuples(shift, shift, shift, small, small, small), st.sampled_from(["RAS", "LAS"]))
+@settings(max_examples=60, deadline=None)
+def test_fsl_numbers_follow_from_spm_numbers(p, axcodes):
+    """About the world origin, FSL (rx, ry, rz, tx, ty, tz) = SPM (rx, ry, -rz, -tx, ty, tz)."""
+    affine = phantom.grid_affine(SHAPE, (3.0, 3.1, 3.5), axcodes)
+    matrix = np.linalg.inv(spm_matrix(p))  # an rp file is moving -> reference
+    centre = (np.array(SHAPE) - 1) / 2  # the grid is centred on the origin
+    found = figures.fsl_motion(matrix[None], affine, SHAPE, centre)[0]
+    expected = [-p[0], p[1], p[2], p[3], p[4], -p[5]]
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_fsl_matrix_is_what_nitransforms_reads(tmp_path):
+    """The numbers rebuild an FSL matrix that nitransforms turns into our master matrix."""
+    import nibabel as nib
+    from nitransforms.linear import load
+
+    affine = phantom.grid_affine(SHAPE, (3.0, 3.1, 3.5), "LAS", oblique_deg=12)
+    image = nib.Nifti1Image(np.zeros(SHAPE, np.uint8), affine)
+    master = matrices(3, 4)[2]
+    centre = np.array([30.0, 25.0, 20.0])
+    tx, ty, tz, rx, ry, rz = figures.fsl_motion(master[None], affine, SHAPE, centre)[0]
+    c, s = np.cos([rx, ry, rz]), np.sin([rx, ry, rz])
+    turn_x = np.array([[1, 0, 0], [0, c[0], s[0]], [0, -s[0], c[0]]])
+    turn_y = np.array([[c[1], 0, -s[1]], [0, 1, 0], [s[1], 0, c[1]]])
+    turn_z = np.array([[c[2], s[2], 0], [-s[2], c[2], 0], [0, 0, 1]])
+    fsl = np.eye(4)
+    fsl[:3, :3] = turn_x @ turn_y @ turn_z
+    centre_mm = centre * (3.0, 3.1, 3.5)
+    fsl[:3, 3] = (tx, ty, tz) - fsl[:3, :3] @ centre_mm + centre_mm
+    np.savetxt(tmp_path / "MAT_0000", fsl)
+    read = load(tmp_path / "MAT_0000", fmt="fsl", reference=image, moving=image)
+    np.testing.assert_allclose(read.matrix, master, atol=1e-5)
+
+
+def test_framewise_displacement_by_hand():
+    motion = np.zeros((3, 6))
+    motion[1] = [0.1, -0.2, 0.3, 0.001, -0.002, 0.003]
+    found = figures.framewise_displacement_mm(motion, radius_mm=50)
+    assert np.isnan(found[0])
+    np.testing.assert_allclose(found[1:], [0.6 + 50 * 0.006] * 2)
+
+
+def test_rms_displacement_is_the_mean_square_over_a_sphere():
+    """Jenkinson's closed form against points drawn in the ball."""
+    rng = np.random.default_rng(1)
+    pair = matrices(2, 3)
+    centre = np.array([3.0, -8.0, 12.0])
+    ball = rng.normal(size=(400_000, 3))
+    ball *= (geometry.HEAD_RADIUS_MM * rng.random(len(ball)) ** (1 / 3))[:, None] / np.linalg.norm(
+        ball, axis=1, keepdims=True
+    )
+    points = ball + centre
+    forward = [np.linalg.inv(m) for m in pair]
+    change = forward[1] @ np.linalg.inv(forward[0])
+    moved = points @ change[:3, :3].T + change[:3, 3] - points
+    expected = np.sqrt((moved**2).sum(axis=1).mean())
+    found = figures.rms_displacement_mm(pair, centre)
+    assert np.isnan(found[0])
+    assert found[1] == pytest.approx(expected, rel=3e-3)
+
+
+def nipype_dvars(data):
+    """DVARS of (voxels, n) data, step by step as nipype's compute_dvars words it."""
+    data = data / np.median(data) * 1000
+    q75 = np.percentile(data, 75, axis=1, method="lower")
+    q25 = np.percentile(data, 25, axis=1, method="lower")
+    sd = (q75 - q25) / 1.349
+    data, sd = data[sd > 1e-7], sd[sd > 1e-7]
+    centred = data - data.mean(axis=1, keepdims=True)
+    lag1 = (centred[:, 1:] * centred[:, :-1]).sum(axis=1) / (centred**2).sum(axis=1)
+    expected = (np.sqrt(2 * (1 - lag1)) * sd).mean()
+    dvars = np.sqrt((np.diff(data, axis=1) ** 2).mean(axis=0))
+    return dvars, dvars / expected
+
+
+@pytest.mark.parametrize("n", [3, 41])
+def test_dvars(n):
+    rng = np.random.default_rng(n)
+    shape = (n, 6, 30, 40)
+    series = (500 + 100 * rng.random(shape[1:]) + rng.normal(size=shape) * 9).astype(np.float32)
+    mask = rng.random(shape[1:]) < 0.8
+    series[:, 0, 0] = 300  # voxels that do not vary are left out
+    found = figures.series_figures(figures.Series(series), figures.Series(series), mask)
+    dvars, std_dvars = nipype_dvars(series[:, mask].T.astype(np.float64))
+    assert np.isnan(found.dvars[0])
+    np.testing.assert_allclose(found.dvars[1:], dvars, rtol=1e-6)
+    np.testing.assert_allclose(found.std_dvars[1:], std_dvars, rtol=2e-6)
+
+
+def test_two_volumes_have_no_dvars():
+    """A quartile of two values is one of them: no voxel varies by that measure."""
+    series = np.random.default_rng(0).random((2, 3, 4, 5)).astype(np.float32)
+    found = figures.series_figures(
+        figures.Series(series), figures.Series(series), np.ones(series.shape[1:], bool)
+    )
+    assert np.isnan(found.dvars).all() and np.isnan(found.std_dvars).all()
+
+
+def test_tsnr_forgets_a_drift_and_knows_slope_and_intercept():
+    rng = np.random.default_rng(2)
+    t = np.arange(200)[:, None, None, None]
+    series = 1000 + 0.5 * t + rng.normal(size=(200, 2, 20, 30)) * 10
+    stored = np.rint((series - 100) / 0.05).astype(np.int32)
+    mask = np.ones(series.shape[1:], bool)
+    before = figures.Series(stored, slope=0.05, inter=100.0)
+    found = figures.series_figures(before, figures.Series(series.astype(np.float32)), mask)
+    assert found.tsnr_before == pytest.approx(105, rel=0.02)
+    assert found.tsnr_after == pytest.approx(found.tsnr_before, rel=1e-4)
+    assert found.variance_after == pytest.approx(100, rel=0.05)
+
+
+def test_centre_of_gravity():
+    volume = np.full((5, 6, 7), 3.0, np.float32)
+    volume[1, 2, 3], volume[3, 2, 3] = 5.0, 9.0
+    np.testing.assert_allclose(figures.centre_of_gravity(volume), [3, 2, 2.5])
+    np.testing.assert_allclose(figures.centre_of_gravity(volume * 0), [3, 2.5, 2])

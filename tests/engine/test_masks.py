@@ -1,0 +1,30 @@
+"""Head and brain are found on the phantom."""
+
+import numpy as np
+
+import phantom
+from keepstill import masks
+
+
+def volume(head):
+    shape = (64, 64, 36)
+    affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
+    return phantom.moving_run(head, [np.eye(4)] * 2, shape, affine, seed=2)
+
+
+def test_masks(head):
+    run = volume(head)
+    first = np.ascontiguousarray(run.data[..., 0])
+    brain = masks.brain_mask(first)
+    inside = run.clean[..., 0] > 600
+    assert (brain & inside).sum() > 0.97 * inside.sum()
+    assert not brain[0, 0].any() and not brain[:, 0].any()
+    assert brain[18, 32, 32]  # a dark ventricle or a hole is filled
+    whole = masks.head_mask(first, rim_voxels=3)
+    assert whole[brain].all()
+    assert whole.sum() > 1.15 * brain.sum()
+
+
+def test_nothing_is_found_in_nothing():
+    assert masks.clip_level(np.zeros((3, 3, 3), np.float32)) == 0
+    assert not masks.head_mask(np.zeros((3, 3, 3), np.float32), 1).any()

@@ -1,0 +1,217 @@
+"""Bad input is refused in one line; good input arrives byte for byte."""
+
+import gzip
+import json
+import os
+import stat
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import runs
+from keepstill.errors import InputError, StageError
+from keepstill.read import open_staged
+from keepstill.stage import STAGED, remove_stage, stage_run
+
+
+def stage(source, tmp_path):
+    stage_dir = tmp_path / "stage" / "run"
+    stage_run(source, "sub-01_task-rest", None, stage_dir)
+    return stage_dir
+
+
+def good(tmp_path, **options):
+    return runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(), **options)
+
+
+def truncated(tmp_path):
+    path = good(tmp_path)
+    path.write_bytes(path.read_bytes()[:-4000])
+    return path
+
+
+def truncated_trailer(tmp_path):
+    path = good(tmp_path)
+    path.write_bytes(path.read_bytes()[:-3])
+    return path
+
+
+def bad_crc(tmp_path):
+    path = good(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 0xFF
+    path.write_bytes(content)
+    return path
+
+
+def text(tmp_path):
+    path = tmp_path / "a_bold.nii.gz"
+    path.write_text("subject,age\n01,23\n" * 100)
+    return path
+
+
+def plain_text(tmp_path):
+    path = tmp_path / "a_bold.nii"
+    path.write_text("subject,age\n01,23\n" * 100)
+    return path
+
+
+def gzipped_text(tmp_path):
+    path = tmp_path / "a_bold.nii.gz"
+    path.write_bytes(gzip.compress(b"no image\n" * 200))
+    return path
+
+
+def empty(tmp_path):
+    path = tmp_path / "a_bold.nii.gz"
+    path.write_bytes(b"")
+    return path
+
+
+def one_3d_volume(tmp_path):
+    return runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run()[..., 0])
+
+
+def one_volume(tmp_path):
+    return runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(1))
+
+
+def zeros(tmp_path):
+    return runs.write_run(tmp_path / "a_bold.nii.gz", 0 * runs.ball_run())
+
+
+def not_numbers(tmp_path):
+    data = np.full((8, 9, 10, 3), np.nan, np.float32)
+    return runs.write_run(tmp_path / "a_bold.nii.gz", data)
+
+
+def one_slice(tmp_path):
+    return runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run()[:, :, 5:6])
+
+
+def missing(tmp_path):
+    return tmp_path / "not_there_bold.nii.gz"
+
+
+def broken_link(tmp_path):
+    path = tmp_path / "a_bold.nii.gz"
+    path.symlink_to(tmp_path / ".git" / "annex" / "objects" / "X")
+    return path
+
+
+def longer_than_its_header(tmp_path):
+    path = good(tmp_path)
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"\1" * 70000))
+    return path
+
+
+def terabytes(tmp_path):
+    header = nib.Nifti1Header()
+    header.set_data_shape((32000, 32000, 32000, 1000))
+    header["magic"], header["vox_offset"], header["sform_code"] = b"n+1", 352, 1
+    header["srow_x"][0] = header["srow_y"][1] = header["srow_z"][2] = 3
+    path = tmp_path / "a_bold.nii"
+    path.write_bytes(header.binaryblock + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (truncated, "truncated"),
+        (truncated_trailer, "truncated"),
+        (bad_crc, "gzip stream is damaged"),
+        (text, "is no gzip file"),
+        (plain_text, "no NIfTI header"),
+        (gzipped_text, "no NIfTI header"),
+        (empty, "empty file"),
+        (one_3d_volume, "at least 2 volumes"),
+        (one_volume, "at least 2 volumes"),
+        (zeros, "one and the same value"),
+        (not_numbers, "no voxel is a number"),
+        (one_slice, "at least 2 voxels along"),
+        (missing, "cannot be read"),
+        (broken_link, "datalad get"),
+        (longer_than_its_header, "more than the"),
+        (terabytes, "free"),
+    ],
+)
+def test_refused(make, words, tmp_path):
+    with pytest.raises((InputError, StageError), match=words) as caught:
+        stage(make(tmp_path), tmp_path)
+    message = str(caught.value)
+    assert message.startswith("sub-01_task-rest: ")
+    assert "\n" not in message
+    left = [p.name for p in (tmp_path / "stage").rglob("*") if p.is_file()]
+    assert left == []
+
+
+@pytest.mark.parametrize("name", ["a_bold.nii", "a_bold.nii.gz"])
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.int16, ">i2", np.uint16, np.int32, np.float32, ">f8"]
+)
+def test_staged_as_stored(name, dtype, tmp_path):
+    data = runs.ball_run(3).clip(0, 250).astype(dtype)
+    source = runs.write_run(tmp_path / name, data)
+    run = open_staged(stage(source, tmp_path))
+    assert run.voxels.shape == data.shape[::-1]
+    np.testing.assert_array_equal(run.voxels, data.T)
+    np.testing.assert_array_equal(run.volume(1), data[..., 1].T.astype(np.float32))
+    assert run.found["tr_s"] == 2.0 and run.found["warnings"] == []
+
+
+def test_slope_and_intercept_are_applied(tmp_path):
+    source = good(tmp_path)
+    content = bytearray(gzip.decompress(source.read_bytes()))
+    header = nib.Nifti1Header(bytes(content[:348]))
+    header["scl_slope"], header["scl_inter"] = 0.5, 100
+    source.write_bytes(gzip.compress(header.binaryblock + bytes(content[348:])))
+    run = open_staged(stage(source, tmp_path))
+    expected = nib.load(source).get_fdata(dtype=np.float32)[..., 2].T
+    np.testing.assert_allclose(run.volume(2), expected)
+
+
+def test_several_gzip_members_are_one_file(tmp_path):
+    source = good(tmp_path)
+    content = gzip.decompress(source.read_bytes())
+    source.write_bytes(gzip.compress(content[:5000]) + gzip.compress(content[5000:]) + bytes(512))
+    run = open_staged(stage(source, tmp_path))
+    np.testing.assert_array_equal(run.voxels, runs.ball_run().T)
+
+
+def test_only_the_user_can_read_what_is_staged(tmp_path):
+    stage_dir = stage(good(tmp_path), tmp_path)
+    assert stat.S_IMODE(stage_dir.stat().st_mode) == 0o700
+    for path in stage_dir.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_sidecar_wins_over_header(tmp_path):
+    source = good(tmp_path)
+    source.with_name("a_bold.json").write_text('{"RepetitionTime": 1.5}')
+    found = json.loads((stage(source, tmp_path) / STAGED).read_text())
+    assert found["tr_s"] == 1.5
+    assert "the sidecar's is taken" in found["warnings"][0]
+
+
+def test_no_room_overflows_to_disk_and_says_so(tmp_path, monkeypatch, caplog):
+    source = good(tmp_path)
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(spare))
+    allocate, full = os.posix_fallocate, tmp_path / "stage"
+
+    def refuse_in_stage_root(handle, offset, n_bytes):
+        if os.readlink(f"/proc/self/fd/{handle}").startswith(str(full)):
+            raise OSError(28, "No space left on device")
+        allocate(handle, offset, n_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse_in_stage_root)
+    stage_dir = stage(source, tmp_path)
+    assert "staged in" in caplog.text and "No space left" in caplog.text
+    run = open_staged(stage_dir)
+    np.testing.assert_array_equal(run.voxels, runs.ball_run().T)
+    assert str(run.realigned_path).startswith(str(spare))
+    remove_stage(stage_dir)
+    assert list(spare.iterdir()) == [] and not stage_dir.exists()

@@ -1,0 +1,121 @@
+"""What is written is valid, whole and the same every time."""
+
+import gzip
+import io
+import json
+import zlib
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import phantom
+from keepstill import write
+from keepstill.files import put_file
+
+
+@given(st.lists(st.binary(max_size=3000), max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_gzip_member_is_one_and_the_same_for_any_threads(parts):
+    one = b"".join(write.gzip_member(parts, 1))
+    assert one == b"".join(write.gzip_member(parts, 3))
+    assert gzip.decompress(one) == b"".join(parts)
+    stream = zlib.decompressobj(wbits=31)
+    assert stream.decompress(one) == b"".join(parts)
+    assert stream.eof and not stream.unused_data  # one member, nothing after it
+    assert one[4:8] == bytes(4) and not one[3]  # no time, no name
+
+
+def test_failed_write_leaves_nothing(tmp_path):
+    target = tmp_path / "there" / "file"
+    put_file(target, [b"old"])
+
+    def parts():
+        yield b"new"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        put_file(target, parts())
+    assert target.read_bytes() == b"old"
+    assert [p.name for p in target.parent.iterdir()] == ["file"]
+
+
+@given(st.floats(-1e5, 1e5), st.floats(1e-3, 1e5), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_int16_scaling_spreads_and_never_wraps(low, span, seed):
+    volume = (low + span * np.random.default_rng(seed).random((3, 4, 5))).astype(np.float32)
+    slope, inter = write.int16_scaling([volume])
+    stored = write.as_int16(volume, slope, inter)
+    back = stored.astype(np.float64) * slope + inter
+    rounding = abs(slope) * 0.51 + 4e-7 * np.abs(volume).max()
+    assert np.abs(back - volume).max() <= rounding
+    assert np.abs(stored.astype(int)).max() <= 32767
+
+
+def test_int16_of_a_constant():
+    volume = np.full((2, 2, 2), 7.5, np.float32)
+    slope, inter = write.int16_scaling([volume])
+    assert (write.as_int16(volume, slope, inter) * slope + inter == 7.5).all()
+
+
+def test_table_cells(tmp_path):
+    columns = {"a": [float("nan"), 1 / 3], "b": ["ok", "failed"], "c": [-0.0, 12]}
+    write.put_table(tmp_path / "t.tsv", columns)
+    assert (tmp_path / "t.tsv").read_text() == "a\tb\tc\nn/a\tok\t0\n0.333333333\tfailed\t12\n"
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write.put_json(tmp_path / "x.json", {"a": float("nan")})
+    write.put_json(tmp_path / "x.json", {"b": 1, "a": "µ"})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": "µ", "b": 1}
+
+
+def test_itk_text_reads_back(tmp_path):
+    """nitransforms and ITK both find the master matrices again."""
+    from nitransforms.linear import load
+
+    masters = np.array(phantom.drift(3, 2))
+    path = tmp_path / "xfm.txt"
+    path.write_text(write.itk_transforms(masters))
+    read = load(path, fmt="itk")
+    np.testing.assert_allclose(read.matrix, masters, atol=1e-9)
+    transforms = list(itk.transformread(str(path)))
+    assert len(transforms) == 3
+    for transform, master in zip(transforms, masters, strict=True):
+        parameters = np.array(transform.GetParameters())
+        lps = np.diag([-1.0, -1, 1, 1])
+        lps_master = lps @ master @ lps
+        np.testing.assert_allclose(parameters[:9].reshape(3, 3), lps_master[:3, :3], atol=1e-12)
+        np.testing.assert_allclose(parameters[9:], lps_master[:3, 3], atol=1e-9)
+
+
+def test_nifti_reads_back(tmp_path):
+    from keepstill.nifti import made_header
+
+    source = nib.Nifti1Header()
+    affine = phantom.grid_affine((5, 6, 7), (2, 2, 3), "LAS", 10)
+    source.set_data_shape((5, 6, 7, 2))
+    source.set_sform(affine, 1)
+    source.set_qform(affine, 2)
+    source.set_xyzt_units("mm", "sec")
+    source["pixdim"][4] = 2.5
+    source.set_intent("t test", (3,), name="what")
+    volumes = np.random.default_rng(0).normal(size=(2, 7, 6, 5)).astype(np.float32)
+    best = source.get_best_affine()
+    header = made_header(source, best, (5, 6, 7, 2), "float32")
+    write.put_nifti(tmp_path / "a.nii.gz", header, (v.tobytes() for v in volumes))
+    image = nib.load(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), volumes.T)
+    np.testing.assert_array_equal(image.affine, best)
+    assert image.header.get_zooms()[3] == 2.5
+    assert image.header.get_xyzt_units() == ("mm", "sec")
+    assert image.header.get_intent() == source.get_intent()
+    for field in ("sform_code", "qform_code", "quatern_b", "qoffset_x", "srow_x"):
+        np.testing.assert_array_equal(image.header[field], source[field])
+    array = itk.array_from_image(itk.imread(str(tmp_path / "a.nii.gz"), itk.F))
+    np.testing.assert_array_equal(array, volumes)
+    assert io.BytesIO((tmp_path / "a.nii.gz").read_bytes()).read(2) == b"\x1f\x8b"

@@ -1,0 +1,130 @@
+"""The same bytes for any number of ranks and threads; failing ranks end all ranks."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import runs
+from keepstill.ranks import share
+
+MPIRUN = str(Path(sys.executable).with_name("mpirun"))
+SCRIPTS = str(Path(__file__).parents[2] / "workflow" / "scripts")
+
+
+def call(arguments, ranks=1, **options):
+    launcher = [] if ranks == 1 else [MPIRUN, "-n", str(ranks)]
+    environment = os.environ | {"PYTHONPATH": SCRIPTS}
+    return subprocess.run(
+        [*launcher, sys.executable, "-m", "keepstill", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+        **options,
+    )
+
+
+def digests(folder):
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "logs" not in path.parts
+    }
+
+
+@given(st.integers(0, 500), st.integers(1, 40))
+def test_every_volume_has_one_rank(n, size):
+    shares = [share(n, size, rank) for rank in range(size)]
+    assert [t for part in shares for t in part] == list(range(n))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("reference", ["first", "middle", "mean"])
+def test_same_bytes_for_any_ranks_and_threads(reference, tmp_path):
+    source = runs.write_run(tmp_path / "in" / "a_bold.nii.gz", runs.ball_run(7))
+    found = []
+    for ranks, threads in [(1, 1), (1, 2), (2, 1), (3, 1)]:
+        out = tmp_path / f"out-{ranks}-{threads}"
+        done = call(
+            ["realign", source, "--out", out, "--threads", threads, "--reference", reference], ranks
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(digests(out))
+    assert len(found[0]) == 11
+    assert all(other == found[0] for other in found)
+
+
+def test_real_run_has_same_bytes_on_two_ranks(study, tmp_path):
+    source = study / "sub-03" / "func" / "sub-03_task-rest_bold.nii.gz"
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        done = call(["realign", source, "--out", out, "--dtype", "int16"], ranks)
+        assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+
+
+def test_failing_rank_ends_all_with_its_own_message(tmp_path):
+    source = runs.write_run(tmp_path / "a_bold.nii.gz", 0 * runs.ball_run())
+    done = call(["realign", source, "--out", tmp_path / "out"], ranks=2)
+    assert done.returncode != 0
+    assert "a: every voxel has one and the same value" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_crashing_rank_ends_all_with_its_traceback(tmp_path):
+    """A defect on one rank alone, while the others wait in a collective call."""
+    program = (
+        "from keepstill.ranks import run_in_world\n"
+        "def work(world):\n"
+        "    if world.rank == 1: raise RuntimeError('rank one is broken')\n"
+        "    world.bcast(None); world.gather(1); world.bcast(2)\n"
+        "raise SystemExit(run_in_world(2, work))\n"
+    )
+    done = subprocess.run(
+        [MPIRUN, "-n", "2", sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONPATH": SCRIPTS},
+    )
+    assert done.returncode != 0
+    assert "rank one is broken" in done.stderr
+
+
+def test_wrong_number_of_ranks_is_refused():
+    program = "from keepstill.ranks import run_in_world\nraise SystemExit(run_in_world(3, print))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONPATH": SCRIPTS},
+    )
+    assert done.returncode == 2
+    assert "3 ranks asked for, 1 found" in done.stderr
+
+
+def test_alone_never_imports_mpi():
+    program = (
+        "import sys; from keepstill.ranks import run_in_world; run_in_world(1, lambda w: None)\n"
+        "assert 'mpi4py' not in sys.modules and 'itk' not in sys.modules"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"PYTHONPATH": SCRIPTS},
+    )
+    assert done.returncode == 0, done.stderr

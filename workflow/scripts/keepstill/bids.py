@@ -1,0 +1,282 @@
+"""BIDS: the runs of a data set, their sidecars, and the names of what is made of them."""
+
+import difflib
+import itertools
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from keepstill.errors import InputError
+
+BOLD_EXTENSIONS = (".nii", ".nii.gz")
+FILTERS = {"participants": "sub", "sessions": "ses", "tasks": "task", "runs": "run"}
+DESCRIPTION = "dataset_description.json"
+
+Filters = Mapping[str, Sequence[str | int] | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One BOLD file of a study.
+
+    Attributes
+    ----------
+    name : str
+        The file's name without ``_bold`` and extension, as in ``sub-01_task-rest_run-1``.
+    source : Path
+        The file itself.
+    subject : str
+        Label without ``sub-``.
+    session : str or None
+        Label without ``ses-``.
+    entities : dict
+        Every entity of the name with its label as written: ``{"sub": "01", "run": "02", ...}``.
+    """
+
+    name: str
+    source: Path
+    subject: str
+    session: str | None
+    entities: Mapping[str, str]
+
+
+class Sidecars:
+    """The JSON sidecars of one data set; each folder is listed once.
+
+    Parameters
+    ----------
+    bids_dir : Path or None
+        Root of the data set; None for files outside any, which have the JSON beside them only.
+    """
+
+    def __init__(self, bids_dir: Path | None) -> None:
+        self.bids_dir = bids_dir
+        self._listed: dict[Path, list[tuple[dict[str, str], Path]]] = {}
+
+    def metadata(self, path: Path) -> dict[str, Any]:
+        """Metadata of `path`, the nearer and the more specific sidecar overriding (BIDS 1.11).
+
+        Raises
+        ------
+        InputError
+            If a sidecar is not a JSON object.
+        """
+        if self.bids_dir is None or not path.is_relative_to(self.bids_dir):
+            beside = path.with_name(_stem(path.name) + ".json")
+            return _read_object(beside) if beside.is_file() else {}
+        wanted = _entities(path.name)
+        merged: dict[str, Any] = {}
+        for folder in _folders_down_to(path.parent, self.bids_dir):
+            for entities, sidecar in self._sidecars_in(folder):
+                if entities.items() <= wanted.items():
+                    merged |= _read_object(sidecar)
+        return merged
+
+    def _sidecars_in(self, folder: Path) -> list[tuple[dict[str, str], Path]]:
+        """Entities and path of every sidecar in a folder, the least specific first."""
+        if folder not in self._listed:
+            sidecars = ((_entities(path.name), path) for path in folder.glob("*.json"))
+            self._listed[folder] = sorted(sidecars, key=lambda pair: (len(pair[0]), pair[1]))
+        return self._listed[folder]
+
+
+def index_runs(bids_dir: Path, filters: Filters | None = None) -> list[Run]:
+    """BOLD runs of a data set that pass the filters, sorted by name.
+
+    Derivatives are not entered. Phase images (``part-phase``) are left out: they are never
+    realigned by themselves.
+
+    Parameters
+    ----------
+    bids_dir : Path
+    filters : mapping, optional
+        ``participants``, ``sessions``, ``tasks``, ``runs`` -> the labels to keep, with or
+        without ``sub-`` and the like; None or a missing key keeps all.
+
+    Raises
+    ------
+    InputError
+        If there is no run, a label matches none, or one name stands for two files.
+    """
+    paths = _bold_paths(bids_dir)
+    runs = sorted((_run(path) for path in paths), key=lambda run: run.name)
+    runs = [run for run in runs if run.entities.get("part") != "phase"]
+    if not runs:
+        raise InputError(
+            f"{bids_dir}: no run found; needs files sub-*/[ses-*/]func/*_bold.nii[.gz], "
+            f"and bids_dir must be the folder that holds {DESCRIPTION}"
+        )
+    _refuse_twins(runs)
+    return _filtered(runs, filters or {}, bids_dir)
+
+
+def sidecar_metadata(path: Path, bids_dir: Path | None = None) -> dict[str, Any]:
+    """Metadata of a BIDS file, its JSON sidecars merged by inheritance.
+
+    Without `bids_dir` the data set is looked for above the file; outside any data set the JSON
+    beside the file counts alone, and a file without one has no metadata.
+    """
+    return Sidecars(bids_dir or find_bids_dir(path)).metadata(path)
+
+
+def find_bids_dir(path: Path) -> Path | None:
+    """Nearest folder above `path` with a data set description, or None."""
+    folders = path.absolute().parents
+    return next((folder for folder in folders if (folder / DESCRIPTION).is_file()), None)
+
+
+def bids_uri(path: Path, bids_dir: Path) -> str:
+    """BIDS URI of a file in the data set that `DatasetLinks` calls ``raw``."""
+    return f"bids:raw:{path.relative_to(bids_dir).as_posix()}"
+
+
+def run_name(path: Path) -> str:
+    """Name of the run in a BOLD file: without extension and ``_bold``."""
+    return _stem(path.name).removesuffix("_bold")
+
+
+def derivative_folder(run: str) -> PurePosixPath:
+    """Folder of a run's outputs, relative to the output directory: ``sub-01/ses-a/func``."""
+    parts = run.split("_")
+    levels = [part for part in parts[:2] if part.startswith(("sub-", "ses-"))]
+    return PurePosixPath(*levels, "func")
+
+
+def derivative_name(
+    run: str, ending: str, entities: Mapping[str, str], *, without: Iterable[str] = ()
+) -> str:
+    """File name of one of a run's outputs.
+
+    Parameters
+    ----------
+    run : str
+        Name of the run; need not be BIDS.
+    ending : str
+        Suffix and extension, as in ``bold.nii.gz``.
+    entities : mapping
+        Entities to add, in the order of the name, which is BIDS's: ``{"desc": "hmc"}``.
+    without : iterable of str
+        Entities of the run that the output does not have (``echo`` of what all echoes share).
+
+    Examples
+    --------
+    >>> derivative_name("sub-01_task-rest_echo-1", "boldref.nii.gz", {"desc": "hmc"},
+    ...                 without=["echo"])
+    'sub-01_task-rest_desc-hmc_boldref.nii.gz'
+    """
+    dropped = tuple(f"{entity}-" for entity in (*without, *entities))
+    kept = [part for part in run.split("_") if not part.startswith(dropped)]
+    added = [f"{entity}-{label}" for entity, label in entities.items()]
+    return "_".join([*kept, *added, ending])
+
+
+def _bold_paths(bids_dir: Path) -> list[Path]:
+    """Files that bids2table takes for BOLD runs.
+
+    It refuses folders with a dot in their name and searches with a glob, so it is shown a link
+    with a plain name instead of the folder.
+    """
+    if not bids_dir.is_dir():
+        raise InputError(f"{bids_dir}: no such folder; bids_dir must be a BIDS data set")
+    if not any(bids_dir.glob("sub-*")):
+        raise InputError(
+            f"{bids_dir}: no sub-* folder; bids_dir must be the folder that holds {DESCRIPTION}"
+        )
+    from bids2table import index_dataset
+
+    logging.getLogger("bids2table").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="keepstill-") as scratch:
+        link = Path(scratch) / "study"
+        link.symlink_to(bids_dir.absolute(), target_is_directory=True)
+        rows = index_dataset(link).select(["path", "suffix", "ext"]).to_pylist()
+    return [
+        bids_dir / row["path"]
+        for row in rows
+        if row["suffix"] == "bold" and row["ext"] in BOLD_EXTENSIONS
+    ]
+
+
+def _run(path: Path) -> Run:
+    name = run_name(path)
+    entities = _entities(name)
+    return Run(name, path, entities["sub"], entities.get("ses"), entities)
+
+
+def _refuse_twins(runs: Sequence[Run]) -> None:
+    for run, following in itertools.pairwise(runs):
+        if run.name == following.name:
+            raise InputError(
+                f"{run.name}: two files found, {run.source} and {following.source}; remove one"
+            )
+
+
+def _filtered(runs: Sequence[Run], filters: Filters, bids_dir: Path) -> list[Run]:
+    kept = list(runs)
+    for name, labels in filters.items():
+        if labels is None:
+            continue
+        entity = FILTERS[name]
+        wanted = [str(label).removeprefix(f"{entity}-") for label in labels]
+        found = sorted({run.entities[entity] for run in runs if entity in run.entities})
+        for label in wanted:
+            if not any(_same_label(entity, label, other) for other in found):
+                raise InputError(f"{bids_dir}: {name}: {_none_such(label, found)}")
+        before = kept
+        kept = [run for run in kept if _passes(run.entities.get(entity), entity, wanted)]
+        if not kept:
+            raise InputError(
+                f"{bids_dir}: {len(runs)} runs found, {len(before)} left before {name} "
+                f"{', '.join(wanted)}, none after; widen that filter"
+            )
+    return kept
+
+
+def _passes(label: str | None, entity: str, wanted: Iterable[str]) -> bool:
+    return label is not None and any(_same_label(entity, other, label) for other in wanted)
+
+
+def _same_label(entity: str, one: str, other: str) -> bool:
+    """Equal as written; a run's label is a number, so 1 is 01."""
+    if entity == "run" and one.isdigit() and other.isdigit():
+        return int(one) == int(other)
+    return one == other
+
+
+def _none_such(label: str, found: Sequence[str]) -> str:
+    near = difflib.get_close_matches(label, found, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    shown = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
+    return f"no run has {label}{hint or '; choose from those found'} (found: {shown or 'none'})"
+
+
+def _stem(name: str) -> str:
+    """File name without ``.nii``, ``.nii.gz`` or any other extension."""
+    return name.removesuffix(".gz").rsplit(".", 1)[0] if "." in name else name
+
+
+def _entities(name: str) -> dict[str, str]:
+    """Entities of a file name and its suffix, labels as written."""
+    from bids2table import parse_bids_entities
+
+    parsed: dict[str, str] = parse_bids_entities(name)
+    return {entity: label for entity, label in parsed.items() if entity not in ("ext", "datatype")}
+
+
+def _folders_down_to(folder: Path, root: Path) -> list[Path]:
+    """Folders from `root` to `folder`, both included."""
+    below = folder.relative_to(root).parts
+    return [root.joinpath(*below[:depth]) for depth in range(len(below) + 1)]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); mend the sidecar") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: {type(values).__name__} found; a sidecar needs an object {{}}")
+    return values

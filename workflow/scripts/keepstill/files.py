@@ -1,0 +1,45 @@
+"""Files written whole or not at all."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def put_file(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file under a temporary name of this process's own, sync it, rename it.
+
+    Its folder is made if need be. On an error nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            for content in parts:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def put_text(path: Path, text: str) -> None:
+    """`put_file` of a text, as UTF-8."""
+    put_file(path, [text.encode()])
+
+
+def put_private(path: Path, content: bytes) -> None:
+    """Write a file that its user alone may read, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    part.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,314 @@
+"""Sampling a B-spline along rows of a rigidly moved grid."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from keepstill.kernels.bspline import FIRST_TAP, LANES, N_TAPS, PAD_LOW, fill_weights
+
+# A position this close to the border, in voxels, is still inside the field of view: rounding
+# must not push the outermost voxels of an unmoved volume out of it.
+FIELD_TOLERANCE = 1e-6
+
+
+# Points of a row that are worked on at once, and the length of a line of work space: the sixteen
+# lanes of the last piece may run over.
+CHUNK = 64
+_LINE = CHUNK + LANES
+# Lines of work space: six weights for each of x, y, z, then the sums.
+_LINE_Y, _LINE_Z, _LINE_SUM, _N_LINES = N_TAPS, 2 * N_TAPS, 3 * N_TAPS, 3 * N_TAPS + 1
+_LOW = PAD_LOW + FIRST_TAP
+_U = np.uint64
+
+
+class Work(NamedTuple):
+    """Work space for `fill_row`.
+
+    Attributes
+    ----------
+    bases : (3, 64) int64
+        Index of the coefficient that each point's taps are counted from, for x, y, z.
+    fractions : (64,) float32
+    lines : (19, 80) float32
+        Weights of the six taps for x, y, z, and sums.
+    """
+
+    bases: NDArray[np.int64]
+    fractions: NDArray[np.float32]
+    lines: NDArray[np.float32]
+
+
+@njit(cache=True, nogil=True)
+def new_work() -> Work:
+    """Room for `fill_row`."""
+    return Work(
+        np.zeros((3, CHUNK), np.int64),
+        np.zeros(CHUNK, np.float32),
+        np.zeros((_N_LINES, _LINE), np.float32),
+    )
+
+
+@njit(cache=True, nogil=True)
+def inside_span(
+    start: NDArray[np.float64], step: NDArray[np.float64], n: int, shape: tuple[int, int, int]
+) -> tuple[int, int]:
+    """First and one past the last of the points start + i step that lie in the field of view.
+
+    Parameters
+    ----------
+    start, step : (3,) float64
+        Position (x, y, z) of point 0 and the difference between points, in voxels.
+    n : int
+        Number of points.
+    shape : (nx, ny, nz)
+        The field reaches from 0 to size - 1 on each axis.
+
+    Returns
+    -------
+    low, high : int
+        low == high where no point is inside. A line meets a box in one piece, so nothing
+        between the two is outside.
+    """
+    low, high = 0, n
+    while low < high and not _is_inside(start, step, low, shape):
+        low += 1
+    while high > low and not _is_inside(start, step, high - 1, shape):
+        high -= 1
+    return low, high
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _is_inside(
+    start: NDArray[np.float64], step: NDArray[np.float64], i: int, shape: tuple[int, int, int]
+) -> bool:
+    for axis in range(3):
+        p = start[axis] + i * step[axis]
+        if not (p >= -FIELD_TOLERANCE and p <= shape[axis] - 1 + FIELD_TOLERANCE):
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True)
+def fill_row(
+    out: NDArray[np.float32],
+    coefficients: NDArray[np.float32],
+    degree: int,
+    slots: tuple[int, int],
+    start: NDArray[np.float64],
+    step: NDArray[np.float64],
+    work: Work,
+) -> None:
+    """B-spline values at start + i step, for points inside the field of view.
+
+    Parameters
+    ----------
+    out : (n,) float32
+        Filled.
+    coefficients : padded float32
+        From `fill_coefficients`, same degree.
+    degree : int
+        1 to 5.
+    slots : (first, number)
+        Tap slots of the degree, from `tap_slots`; in x all six are always summed.
+    start, step : (3,) float64
+        Position (x, y, z) of point 0 and the difference between points, in voxels.
+    work
+        From `new_work`.
+    """
+    for first in range(0, out.size, CHUNK):
+        n = min(CHUNK, out.size - first)
+        _fill_weight_lines(degree, (first, n), start, step, work)
+        _fill_pieces(out[first : first + n], coefficients, slots, work)
+
+
+@njit(cache=True, nogil=True)
+def _fill_weight_lines(
+    degree: int,
+    points: tuple[int, int],
+    start: NDArray[np.float64],
+    step: NDArray[np.float64],
+    work: Work,
+) -> None:
+    """Base indices and weights of points[1] points from point number points[0] on."""
+    first, n = points
+    fractions = work.fractions
+    shift = 0.0 if degree % 2 == 1 else 0.5
+    for axis in range(3):
+        base = work.bases[axis]
+        for i in range(n):
+            p = start[axis] + (first + i) * step[axis]
+            whole = np.floor(p + shift)
+            base[i] = np.int64(whole)
+            fractions[i] = np.float32(p - whole)
+        fill_weights(degree, fractions[:n], work.lines[N_TAPS * axis : N_TAPS * (axis + 1)])
+
+
+@njit(cache=True, nogil=True)
+def _fill_pieces(
+    out: NDArray[np.float32],
+    coefficients: NDArray[np.float32],
+    slots: tuple[int, int],
+    work: Work,
+) -> None:
+    """Sum the taps, piece by piece.
+
+    A nearly unturned row meets the same y and z coefficients, and x coefficients that move on
+    by one a point, for many points in a row. It is split where one of the three base indices
+    breaks that pattern; within a piece, sixteen outputs load contiguous coefficients.
+    """
+    x, y, z = work.bases[0], work.bases[1], work.bases[2]
+    row_stride = coefficients.shape[2]
+    plane_stride = coefficients.shape[1] * row_stride
+    flat, flat_lines = coefficients.reshape(-1), work.lines.reshape(-1)
+    sums = work.lines[_LINE_SUM]
+    n = out.size
+    i = 0
+    while i < n:
+        offset, here_y, here_z = x[i] - i, y[i], z[i]
+        end = i + 1
+        last = min(n, i + LANES)
+        while end < last and y[end] == here_y and z[end] == here_z and x[end] - end == offset:
+            end += 1
+        origin = (here_z + _LOW) * plane_stride + (here_y + _LOW) * row_stride + x[i] + _LOW
+        _fill_block(flat, (origin, row_stride, plane_stride), slots, flat_lines, i)
+        for k in range(i, end):
+            out[k] = sums[k]
+        i = end
+
+
+@njit(cache=True, nogil=True)
+def _fill_block(
+    coefficients: NDArray[np.float32],
+    strides: tuple[int, int, int],
+    slots: tuple[int, int],
+    lines: NDArray[np.float32],
+    i: int,
+) -> None:
+    """Sixteen neighbouring sums over the taps, from point i on; lanes past the piece are unread.
+
+    Parameters
+    ----------
+    coefficients : (n,) float32
+        The padded volume as one line.
+    strides : (origin, row, plane)
+        Where tap slot (0, 0, 0) of point i stands, and the distances to the next row and plane.
+    slots : (first, number)
+        Tap slots of the degree.
+    lines : (19 * 80,) float32
+        The lines of work space as one; the sums are filled.
+
+    Notes
+    -----
+    Two rows of taps are summed in one expression, which halves the loads of the x weights and
+    of the sums; of an odd number the last is paired with a slot of zero weight. Indices are
+    unsigned: a signed index may be negative and would have to be tested, and then sixteen
+    neighbours are no longer one load.
+    """
+    point = _U(i)
+    x0, x1, x2 = point, point + _U(_LINE), point + _U(2 * _LINE)
+    x3, x4, x5 = point + _U(3 * _LINE), point + _U(4 * _LINE), point + _U(5 * _LINE)
+    sums = point + _U(_LINE_SUM * _LINE)
+    for k in range(LANES):
+        lines[sums + _U(k)] = 0
+    for kz in range(slots[0], slots[0] + slots[1]):
+        z = point + _U((_LINE_Z + kz) * _LINE)
+        for jy in range(slots[0], slots[0] + slots[1], 2):
+            y = point + _U((_LINE_Y + jy) * _LINE)
+            next_y = y + _U(_LINE)
+            c = _U(strides[0] + kz * strides[2] + jy * strides[1])
+            d = c + _U(strides[1])
+            for k in range(LANES):
+                lane = _U(k)
+                lines[sums + lane] += lines[z + lane] * (
+                    lines[y + lane]
+                    * (
+                        lines[x0 + lane] * coefficients[c + lane]
+                        + lines[x1 + lane] * coefficients[c + lane + _U(1)]
+                        + lines[x2 + lane] * coefficients[c + lane + _U(2)]
+                        + lines[x3 + lane] * coefficients[c + lane + _U(3)]
+                        + lines[x4 + lane] * coefficients[c + lane + _U(4)]
+                        + lines[x5 + lane] * coefficients[c + lane + _U(5)]
+                    )
+                    + lines[next_y + lane]
+                    * (
+                        lines[x0 + lane] * coefficients[d + lane]
+                        + lines[x1 + lane] * coefficients[d + lane + _U(1)]
+                        + lines[x2 + lane] * coefficients[d + lane + _U(2)]
+                        + lines[x3 + lane] * coefficients[d + lane + _U(3)]
+                        + lines[x4 + lane] * coefficients[d + lane + _U(4)]
+                        + lines[x5 + lane] * coefficients[d + lane + _U(5)]
+                    )
+                )
+
+
+@njit(cache=True, nogil=True)
+def fill_resliced(
+    out: NDArray[np.float32],
+    coefficients: NDArray[np.float32],
+    degree: int,
+    slots: tuple[int, int],
+    moving_voxel_from_voxel: NDArray[np.float64],
+    moving_shape: tuple[int, int, int],
+    outside: np.float32,
+) -> int:
+    """A moving volume on the reference's grid.
+
+    Parameters
+    ----------
+    out : (nz, ny, nx) float32
+        Filled.
+    coefficients, degree, slots
+        As in `fill_row`.
+    moving_voxel_from_voxel : (4, 4) float64
+        Voxel (x, y, z) of the output grid -> voxel of the moving volume.
+    moving_shape : (nx, ny, nz)
+        Of the moving volume.
+    outside : float32
+        Value of voxels whose source lies outside the field of view.
+
+    Returns
+    -------
+    n_inside : int
+        Number of voxels whose source lies inside.
+    """
+    nz, ny, nx = out.shape
+    m = moving_voxel_from_voxel
+    work = new_work()
+    start, step = np.empty(3), np.empty(3)
+    step[:] = m[:3, 0]
+    n_inside = 0
+    for k in range(nz):
+        for j in range(ny):
+            row = out[k, j]
+            for axis in range(3):
+                start[axis] = m[axis, 3] + j * m[axis, 1] + k * m[axis, 2]
+            low, high = inside_span(start, step, nx, moving_shape)
+            row[:low] = outside
+            row[high:] = outside
+            if high > low:
+                for axis in range(3):
+                    start[axis] += low * step[axis]
+                fill_row(row[low:high], coefficients, degree, slots, start, step, work)
+                n_inside += high - low
+    return n_inside
+
+
+@njit(cache=True, nogil=True)
+def clear_outside(
+    mask: NDArray[np.bool_],
+    moving_voxel_from_voxel: NDArray[np.float64],
+    moving_shape: tuple[int, int, int],
+) -> None:
+    """Take out of a (nz, ny, nx) mask, in place, what `fill_resliced` would leave outside."""
+    nz, ny, nx = mask.shape
+    m = moving_voxel_from_voxel
+    start, step = np.empty(3), m[:3, 0].copy()
+    for k in range(nz):
+        for j in range(ny):
+            for axis in range(3):
+                start[axis] = m[axis, 3] + j * m[axis, 1] + k * m[axis, 2]
+            low, high = inside_span(start, step, nx, moving_shape)
+            mask[k, j, :low] = False
+            mask[k, j, high:] = False

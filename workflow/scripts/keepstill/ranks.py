@@ -1,0 +1,211 @@
+"""Ranks: who realigns which volume, with MPI under a launcher and alone without one.
+
+Nothing of the series travels between ranks: each maps the staged file, writes its own volumes at
+their own offsets, and only transforms are gathered.
+"""
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from keepstill.errors import InputError, KeepstillError, LaunchError
+from keepstill.estimate import Estimate
+from keepstill.files import put_private
+from keepstill.read import StagedRun, open_staged
+from keepstill.realign import (
+    Crew,
+    Target,
+    choose_target,
+    mean_target,
+    realign_volumes,
+)
+from keepstill.settings import RealignSettings
+from keepstill.stage import MOTION
+
+# What launchers tell a rank of the world's size: MPICH and Slurm's PMI-2, Open MPI, PMIx.
+_WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
+
+
+class Alone:
+    """A world of one rank, without MPI."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """All ranks' values, on rank 0."""
+        return [value]
+
+    def bcast(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        return value
+
+    def abort(self, code: int) -> NoReturn:
+        """End all ranks."""
+        sys.exit(code)
+
+
+class World:
+    """The ranks that a launcher started; MPI is imported here and nowhere else."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self._comm = MPI.COMM_WORLD
+        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """All ranks' values, on rank 0."""
+        gathered: list[Any] | None = self._comm.gather(value)
+        return gathered
+
+    def bcast(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        return self._comm.bcast(value)
+
+    def abort(self, code: int) -> NoReturn:
+        """End all ranks."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._comm.Abort(code)
+        os._exit(code)  # not reached, but the type checker cannot know
+
+
+def launched_size() -> int | None:
+    """Size of the world that a launcher says it started, or None without a launcher."""
+    for variable in _WORLD_SIZE_VARIABLES:
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    return None
+
+
+def join_world(n_ranks: int | None = None) -> Alone | World:
+    """The world that this process belongs to.
+
+    Parameters
+    ----------
+    n_ranks : int or None
+        How many ranks were asked for; None takes what the launcher says.
+
+    Raises
+    ------
+    LaunchError
+        If MPI finds another number of ranks. A launcher and a library that do not belong
+        together would give as many worlds of one, each doing all the work over the others.
+    """
+    launched = launched_size()
+    wanted = n_ranks or launched or 1
+    world = Alone() if launched is None else World()
+    if world.size != wanted:
+        raise LaunchError(
+            f"{wanted} ranks asked for, {world.size} found by MPI: launcher and MPI library do not "
+            "belong together; use the mpirun that came with mpi4py's library"
+        )
+    return world
+
+
+def run_in_world(n_ranks: int | None, work: Callable[[Alone | World], None]) -> int:
+    """Exit code of some work that all ranks do; one that fails ends them all.
+
+    A user's error is one line, from the rank that met it; anything else is a traceback.
+    """
+    try:
+        world = join_world(n_ranks)
+    except KeepstillError as error:
+        print(f"keepstill: {error}", file=sys.stderr)
+        return 2
+    try:
+        work(world)
+    except KeepstillError as error:
+        print(f"keepstill: {error}", file=sys.stderr)
+        world.abort(2)
+    except KeyboardInterrupt:
+        world.abort(130)
+    except Exception:
+        traceback.print_exc()
+        world.abort(1)
+    return 0
+
+
+def n_threads_of(world: Alone | World) -> int:
+    """Threads for this rank: its affinity mask, shared out among ranks with the same mask."""
+    mask = os.uname().nodename, tuple(sorted(os.sched_getaffinity(0)))
+    masks = world.bcast(world.gather(mask))
+    return max(1, len(mask[1]) // masks.count(mask))
+
+
+def share(n: int, size: int, rank: int) -> range:
+    """Volumes 0 ... n - 1 that a rank of `size` realigns: neighbours, as evenly as can be."""
+    return range(n * rank // size, n * (rank + 1) // size)
+
+
+def realign_staged(
+    stage_dir: Path,
+    settings: RealignSettings,
+    world: Alone | World,
+    crew: Crew,
+) -> None:
+    """Realign the run in a stage directory, together with the other ranks of `world`.
+
+    Leaves ``realigned.raw`` filled and ``motion.npz`` beside ``staged.json``.
+
+    Raises
+    ------
+    InputError
+        If the run has no usable reference, or no volume could be realigned.
+    """
+    run = open_staged(stage_dir)
+    target = choose_target(run, settings)
+    estimates = _realign_all(run, target, settings, world, crew)
+    if settings.reference == "mean":
+        target = mean_target(run, target, estimates, settings)
+        estimates = _realign_all(run, target, settings, world, crew)
+    if world.rank == 0:
+        _refuse_if_none(run, estimates)
+        _save(stage_dir, target, estimates)
+    world.bcast(None)  # nobody leaves before the result is there
+
+
+def _realign_all(
+    run: StagedRun,
+    target: Target,
+    settings: RealignSettings,
+    world: Alone | World,
+    crew: Crew,
+) -> list[Estimate]:
+    mine = share(run.n_volumes, world.size, world.rank)
+    gathered = world.gather(realign_volumes(run, target, mine, settings, crew))
+    merged: dict[int, Estimate] = {}
+    for part in gathered or []:
+        merged |= part
+    estimates: list[Estimate] = world.bcast([merged[t] for t in sorted(merged)])
+    return estimates
+
+
+def _refuse_if_none(run: StagedRun, estimates: list[Estimate]) -> None:
+    if all(estimate.status in ("failed", "reference") for estimate in estimates):
+        raise InputError(
+            f"{run.run}: none of {len(estimates)} volumes could be realigned; look at the run, "
+            "or choose another reference"
+        )
+
+
+def _save(stage_dir: Path, target: Target, estimates: list[Estimate]) -> None:
+    saved = io.BytesIO()
+    np.savez(
+        saved,
+        moving_from_reference=np.array([e.moving_from_reference for e in estimates]),
+        status=np.array([e.status for e in estimates]),
+        iterations=np.array([e.iterations for e in estimates]),
+        cost=np.array([e.cost for e in estimates]),
+        overlap=np.array([e.overlap for e in estimates]),
+        scale=np.array([e.scale for e in estimates]),
+        reference=target.reference.volume,
+        affine=target.reference.affine,
+    )
+    put_private(stage_dir / MOTION, saved.getvalue())

@@ -1,0 +1,83 @@
+"""Reading a staged run, volume by volume, without ever holding the series."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepstill.errors import InputError
+from keepstill.nifti import HEADER_BYTES, Layout, parse_layout
+from keepstill.stage import REALIGNED_VOXELS, STAGED, STAGED_VOXELS
+
+
+@dataclass(frozen=True)
+class StagedRun:
+    """A run in its stage directory.
+
+    Attributes
+    ----------
+    run : str
+    layout : Layout
+    voxels : (n, nz, ny, nx) memory map
+        As stored, without slope and intercept.
+    realigned_path : Path
+        Raw float32 of the result, a volume after the other.
+    found : dict
+        What ``staged.json`` says: source, metadata, tr_s, warnings.
+    """
+
+    run: str
+    layout: Layout
+    voxels: NDArray[Any]
+    realigned_path: Path
+    found: dict[str, Any]
+
+    @property
+    def n_volumes(self) -> int:
+        """Number of volumes."""
+        return int(self.voxels.shape[0])
+
+    def volume(self, t: int) -> NDArray[np.float32]:
+        """Volume t, (nz, ny, nx) float32, in the units that slope and intercept give."""
+        stored = self.voxels[t].astype(np.float32)
+        if self.layout.slope != 1.0:
+            stored *= np.float32(self.layout.slope)
+        if self.layout.inter != 0.0:
+            stored += np.float32(self.layout.inter)
+        return stored
+
+
+def open_staged(stage_dir: Path) -> StagedRun:
+    """The run in a stage directory; its voxels are mapped, not read."""
+    found = json.loads((stage_dir / STAGED).read_text())
+    voxels_dir = Path(found["voxels_dir"])
+    path = voxels_dir / STAGED_VOXELS
+    with path.open("rb") as file:
+        layout = parse_layout(file.read(HEADER_BYTES), found["run"])
+    voxels = np.memmap(path, layout.dtype, "r", layout.offset, layout.shape[::-1])
+    return StagedRun(found["run"], layout, voxels, voxels_dir / REALIGNED_VOXELS, found)
+
+
+def read_volume(path: Path) -> tuple[NDArray[np.float32], Layout]:
+    """A 3-D NIfTI file whole: voxels (nz, ny, nx) float32 and layout.
+
+    Raises
+    ------
+    InputError
+        If it is not one volume.
+    """
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+
+    try:
+        image = nib.load(path)
+        layout = parse_layout(image.header.binaryblock, path.name)
+        voxels = np.asanyarray(image.dataobj, dtype=np.float32)
+    except (OSError, EOFError, ImageFileError) as error:
+        raise InputError(f"{path}: not readable as NIfTI ({error}); check the file") from error
+    if len(layout.shape) != 3:
+        raise InputError(f"{path}: axes {layout.shape} found; a reference needs one volume")
+    return np.ascontiguousarray(voxels.reshape(layout.shape).T), layout

@@ -1,0 +1,200 @@
+"""Realigning a staged run: which volume is the reference, and what is done with each."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepstill.errors import EmptyVolumeError, InputError
+from keepstill.estimate import Estimate, estimate_motion, new_coefficients, prepare_moving
+from keepstill.kernels.sums import Moving
+from keepstill.read import StagedRun, read_volume
+from keepstill.reference import Reference, prepare_reference
+from keepstill.reslice import reslice_volume
+from keepstill.settings import RealignSettings
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who works on a rank, and who is told.
+
+    Attributes
+    ----------
+    n_threads : int
+        Volumes under way at once.
+    on_volume : callable
+        Told the number of each finished volume, by any thread.
+    """
+
+    n_threads: int = 1
+    on_volume: Progress = lambda t: None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a run is realigned to.
+
+    Attributes
+    ----------
+    reference : Reference
+    volume : int or None
+        The run's own volume that serves as reference, if one does.
+    """
+
+    reference: Reference
+    volume: int | None
+
+
+def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
+    """The reference that the settings name; for ``mean``, the first volume, to begin with.
+
+    Raises
+    ------
+    InputError
+        If it shows no head, or the named file is not a volume.
+    """
+    if settings.reference in ("first", "mean", "middle"):
+        t = run.n_volumes // 2 if settings.reference == "middle" else 0
+        volume, affine = run.volume(t), run.layout.affine
+        name = f"volume {t}"
+    else:
+        t = None
+        volume, layout = read_volume(Path(settings.reference))
+        affine, name = layout.affine, settings.reference
+    return Target(_prepared(run, (volume, affine, name), settings), t)
+
+
+def mean_target(
+    run: StagedRun, first: Target, estimates: list[Estimate], settings: RealignSettings
+) -> Target:
+    """The mean of the realigned volumes, failed ones left out, as reference of a second pass.
+
+    Pose and grid stay those of the first volume. The sum runs in the order of the volumes, from
+    the realigned file, so that it does not depend on who wrote what.
+    """
+    realigned = open_realigned(run, first.reference.volume.shape)
+    total = np.zeros(first.reference.volume.shape)
+    good = [t for t, estimate in enumerate(estimates) if estimate.status != "failed"]
+    for t in good:
+        total += realigned[t]
+    mean = (total / len(good)).astype(np.float32)
+    affine = first.reference.affine
+    return Target(_prepared(run, (mean, affine, "the mean volume"), settings), None)
+
+
+def realign_volumes(
+    run: StagedRun,
+    target: Target,
+    volumes: Iterable[int],
+    settings: RealignSettings,
+    crew: Crew,
+) -> dict[int, Estimate]:
+    """Estimate some of a run's volumes and write them, resliced, at their own offsets.
+
+    Each volume depends on itself and the reference alone: not on the others, not on who does it.
+
+    Parameters
+    ----------
+    run : StagedRun
+    target : Target
+    volumes : iterable of int
+    settings : RealignSettings
+    crew : Crew
+
+    Returns
+    -------
+    estimates : dict of int to Estimate
+    """
+    worker = _Worker(run, target, settings, crew.on_volume)
+    chosen = list(volumes)
+    handle = os.open(run.realigned_path, os.O_RDWR)
+    try:
+        with ThreadPoolExecutor(crew.n_threads) as pool:
+            found = pool.map(lambda t: worker.realign(t, handle), chosen)
+            return dict(zip(chosen, found, strict=True))
+    finally:
+        os.close(handle)
+
+
+def open_realigned(run: StagedRun, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The realigned series, (n, nz, ny, nx) float32, mapped."""
+    return np.memmap(run.realigned_path, np.float32, "r", 0, (run.n_volumes, *shape))
+
+
+def _prepared(
+    run: StagedRun,
+    source: tuple[NDArray[np.float32], NDArray[np.float64], str],
+    settings: RealignSettings,
+) -> Reference:
+    volume, affine, name = source
+    try:
+        return prepare_reference(
+            np.nan_to_num(volume, posinf=0, neginf=0), affine, settings.estimate
+        )
+    except EmptyVolumeError as error:
+        raise InputError(f"{run.run}: {name}: {error}; choose another reference") from error
+
+
+class _Worker:
+    """What one volume needs; each thread has work space of its own."""
+
+    def __init__(
+        self, run: StagedRun, target: Target, settings: RealignSettings, on_volume: Progress
+    ) -> None:
+        self._run, self._target, self._settings = run, target, settings
+        self._on_volume = on_volume
+        self._local = threading.local()
+
+    def realign(self, t: int, handle: int) -> Estimate:
+        """Estimate volume t, reslice it and write it to an open file at its offset."""
+        coefficients, out = self._work_space()
+        volume = self._run.volume(t)
+        is_number = np.isfinite(volume)
+        if not is_number.all():
+            volume = np.where(is_number, volume, np.float32(0))
+        moving = prepare_moving(volume, self._settings.estimate.degree, coefficients)
+        estimate = self._estimate(t, volume, moving)
+        if self._settings.reslice:
+            self._reslice(out, volume, moving, estimate)
+            os.pwrite(handle, out.data, t * out.nbytes)
+        self._on_volume(t)
+        return estimate
+
+    def _estimate(self, t: int, volume: NDArray[np.float32], moving: Moving) -> Estimate:
+        if t == self._target.volume:
+            return Estimate(np.eye(4), "reference", 0, 0.0, 1.0, 1.0)
+        if volume.min() == volume.max():
+            return Estimate(np.eye(4), "failed", 0, np.nan, 0.0, 1.0)
+        settings = self._settings.estimate
+        return estimate_motion(moving, self._run.layout.affine, self._target.reference, settings)
+
+    def _reslice(
+        self,
+        out: NDArray[np.float32],
+        volume: NDArray[np.float32],
+        moving: Moving,
+        estimate: Estimate,
+    ) -> None:
+        if estimate.status == "reference":
+            out[:] = volume
+            return
+        degree = self._settings.interpolation_degree
+        if degree != moving.degree:
+            moving = prepare_moving(volume, degree, moving.coefficients)
+        affine = self._target.reference.affine
+        reslice_volume(out, moving, self._run.layout.affine, estimate.moving_from_reference, affine)
+
+    def _work_space(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if not hasattr(self._local, "space"):
+            shape = self._run.voxels.shape[1:]
+            out = np.empty(self._target.reference.volume.shape, np.float32)
+            self._local.space = new_coefficients((shape[0], shape[1], shape[2])), out
+        space: tuple[NDArray[np.float32], NDArray[np.float32]] = self._local.space
+        return space

@@ -1,0 +1,205 @@
+"""The reference: what of it every volume is compared with, prepared once a run."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepstill import geometry
+from keepstill.errors import EmptyVolumeError
+from keepstill.kernels.bspline import PAD_LOW, PAD_ROW, POLES, fill_coefficients
+from keepstill.kernels.sums import N_COLUMNS, SUM_LANES, Points, normal_matrix
+from keepstill.masks import head_mask
+from keepstill.settings import EstimateSettings
+
+Volume = NDArray[np.float32]
+
+_FWHM_PER_SD = 2.3548200450309493
+# Value and slope of the quintic B-spline at -2 ... 2: the derivative of a spline at grid points.
+_QUINTIC_VALUE = (1 / 120, 26 / 120, 66 / 120, 26 / 120, 1 / 120)
+_QUINTIC_SLOPE = (-1 / 24, -10 / 24, 0.0, 10 / 24, 1 / 24)
+# The border of the field is left out of the sampling points where an axis has room for it: its
+# slices lose and gain tissue that no other slice sees.
+_SHORTEST_AXIS_WITH_BORDER = 8
+# Early steps look at one row in so many; the last ones at all.
+_COARSE_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Level:
+    """Sampling points and their normal matrix (7, 7), test_jacobian' jacobian."""
+
+    points: Points
+    normal: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference that volumes can be realigned to.
+
+    Attributes
+    ----------
+    volume : (nz, ny, nx) float32
+    affine : (4, 4) float64
+        World mm from voxel.
+    centre_mm : (3,) float64
+        World point that steps turn about: the middle of the sampling points.
+    coarse, fine : Level
+        Every fourth row of the sampling points, and all of them.
+    n_points : int
+        Number of sampling points of `fine`.
+    mean_intensity : float
+        Mean of the reference over the sampling points.
+    """
+
+    volume: Volume
+    affine: NDArray[np.float64]
+    centre_mm: NDArray[np.float64]
+    coarse: Level
+    fine: Level
+    n_points: int
+    mean_intensity: float
+
+
+def prepare_reference(
+    volume: Volume, affine: NDArray[np.float64], settings: EstimateSettings
+) -> Reference:
+    """Sampling points, Jacobians and normal matrices of a reference volume.
+
+    Parameters
+    ----------
+    volume : (nz, ny, nx) float32
+        Finite voxels; never modified.
+    affine : (4, 4) float64
+        World mm (RAS+) from voxel (x, y, z).
+    settings : EstimateSettings
+
+    Raises
+    ------
+    EmptyVolumeError
+        If no voxel stands out from the background.
+    """
+    points_mask = _without_border(head_mask(volume, rim_voxels=3))
+    if not points_mask.any():
+        raise EmptyVolumeError("the reference shows no head: no voxel stands out from background")
+    z, y, x = np.nonzero(points_mask)
+    centre_voxel = np.array([x.mean(), y.mean(), z.mean()])
+    centre_mm = geometry.world(affine, centre_voxel)
+    smooth = lowpass(volume, settings.lowpass_fwhm_voxels)
+    gradient = world_gradient(volume, affine)
+    smooth_gradient = world_gradient(smooth, affine)
+    rows = _rows(points_mask)
+    levels = []
+    for chosen in (rows[::_COARSE_ROWS], rows):
+        points = _points(chosen, (volume, smooth), (gradient, smooth_gradient), affine, centre_mm)
+        levels.append(Level(points, normal_matrix(points)))
+    return Reference(
+        volume=volume,
+        affine=affine,
+        centre_mm=centre_mm,
+        coarse=levels[0],
+        fine=levels[1],
+        n_points=int(rows[:, 3].sum()),
+        mean_intensity=float(volume[points_mask].mean(dtype=np.float64)),
+    )
+
+
+def lowpass(volume: Volume, fwhm_voxels: float) -> Volume:
+    """Gaussian low-pass, width in voxels along every axis, mirrored borders; (nz, ny, nx)."""
+    sd = fwhm_voxels / _FWHM_PER_SD
+    reach = int(np.ceil(3.5 * sd))
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sd) ** 2)
+    taps /= taps.sum()
+    for axis in range(3):
+        volume = _filtered(volume, [float(t) for t in taps], axis)
+    return volume
+
+
+def world_gradient(volume: Volume, affine: NDArray[np.float64]) -> list[Volume]:
+    """Derivatives of a volume's quintic spline along world x, y, z (per mm), at its voxels."""
+    nz, ny, nx = volume.shape
+    padded = np.empty((nz + 2 * PAD_LOW, ny + 2 * PAD_LOW, nx + PAD_LOW + PAD_ROW), np.float32)
+    fill_coefficients(volume, np.array(POLES[5], np.float32), padded)
+    coefficients = padded[2:-2, 2:-2, 2 : nx + 6]
+    by_voxel = []
+    for slope_axis in (2, 1, 0):
+        part = coefficients
+        for axis in range(3):
+            taps = _QUINTIC_SLOPE if axis == slope_axis else _QUINTIC_VALUE
+            part = _valid_filtered(part, taps, axis)
+        by_voxel.append(part)
+    voxel_from_world = geometry.inverse(affine)
+    to_world = voxel_from_world.astype(np.float32)
+    return [
+        to_world[0, w] * by_voxel[0] + to_world[1, w] * by_voxel[1] + to_world[2, w] * by_voxel[2]
+        for w in range(3)
+    ]
+
+
+def _filtered(volume: Volume, taps: list[float], axis: int) -> Volume:
+    reach = len(taps) // 2
+    width = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
+    mode = "reflect" if volume.shape[axis] > reach else "edge"
+    return _valid_filtered(np.pad(volume, width, mode=mode), taps, axis)  # type: ignore[call-overload]
+
+
+def _valid_filtered(volume: Volume, taps: list[float] | tuple[float, ...], axis: int) -> Volume:
+    """Sum of shifted copies, where all of them overlap: the axis loses len(taps) - 1."""
+    n = volume.shape[axis] - len(taps) + 1
+    out = None
+    for i, tap in enumerate(taps):
+        index = [slice(None)] * 3
+        index[axis] = slice(i, i + n)
+        term = volume[tuple(index)] * np.float32(tap)
+        out = term if out is None else out + term
+    assert out is not None
+    return out
+
+
+def _without_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    mask = mask.copy()
+    for axis, size in enumerate(mask.shape):
+        if size >= _SHORTEST_AXIS_WITH_BORDER:
+            edge = np.moveaxis(mask, axis, 0)
+            edge[0] = edge[-1] = False
+    return mask
+
+
+def _rows(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rows (y, z, first x, number): from the first to the last masked voxel of each grid row."""
+    out = []
+    for z in range(mask.shape[0]):
+        for y in np.nonzero(mask[z].any(axis=1))[0]:
+            x = np.nonzero(mask[z, y])[0]
+            out.append((int(y), z, int(x[0]), int(x[-1] - x[0] + 1)))
+    return np.array(out, dtype=np.int64).reshape(-1, 4)
+
+
+def _points(
+    rows: NDArray[np.int64],
+    volumes: tuple[Volume, Volume],
+    gradients: tuple[list[Volume], list[Volume]],
+    affine: NDArray[np.float64],
+    centre_mm: NDArray[np.float64],
+) -> Points:
+    """Sampling points of some rows, from (plain, low-passed) volumes and gradients."""
+    padded = -(-rows[:, 3] // SUM_LANES) * SUM_LANES
+    begins = np.concatenate([[0], np.cumsum(padded)[:-1]])
+    n = int(padded.sum())
+    values = np.zeros(n, np.float32)
+    jacobians = [np.zeros((N_COLUMNS, n), np.float32) for _ in volumes]
+    for (y, z, x, size), begin in zip(rows, begins, strict=True):
+        here = slice(int(begin), int(begin + size))
+        voxels = (int(z), int(y), slice(int(x), int(x + size)))
+        voxel = np.empty((int(size), 3))
+        voxel[:, 0], voxel[:, 1], voxel[:, 2] = np.arange(x, x + size), y, z
+        arm = (geometry.world(affine, voxel) - centre_mm).astype(np.float32)
+        values[here] = volumes[0][voxels]
+        for jacobian, volume, gradient in zip(jacobians, volumes, gradients, strict=True):
+            g = [component[voxels] for component in gradient]
+            jacobian[0:3, here] = g
+            jacobian[3, here] = arm[:, 1] * g[2] - arm[:, 2] * g[1]
+            jacobian[4, here] = arm[:, 2] * g[0] - arm[:, 0] * g[2]
+            jacobian[5, here] = arm[:, 0] * g[1] - arm[:, 1] * g[0]
+            jacobian[6, here] = volume[voxels]
+    return Points(np.column_stack([rows, begins]).astype(np.int64), values, *jacobians)

@@ -1,0 +1,79 @@
+"""A moving volume on the reference's grid, in one interpolation."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepstill import geometry
+from keepstill.kernels.sampling import clear_outside, fill_resliced
+from keepstill.kernels.sums import Moving
+
+
+def reslice_volume(
+    out: NDArray[np.float32],
+    moving: Moving,
+    moving_affine: NDArray[np.float64],
+    moving_from_reference: NDArray[np.float64],
+    affine: NDArray[np.float64],
+) -> int:
+    """Fill `out` with the moving volume, seen in the reference's pose and grid.
+
+    Parameters
+    ----------
+    out : (nz, ny, nx) float32
+        Filled; 0 where the source lies outside the moving field of view.
+    moving : Moving
+        B-spline of the volume.
+    moving_affine : (4, 4) float64
+        World mm from voxel of the moving volume.
+    moving_from_reference : (4, 4) float64
+        World mm of the reference -> world mm of the volume.
+    affine : (4, 4) float64
+        World mm from voxel of the output grid.
+
+    Returns
+    -------
+    n_inside : int
+        Number of voxels with a source inside the field of view.
+    """
+    moving_voxel_from_voxel = geometry.compose(
+        geometry.inverse(moving_affine), moving_from_reference, affine
+    )
+    n_inside: int = fill_resliced(
+        out,
+        moving.coefficients,
+        moving.degree,
+        moving.slots,
+        moving_voxel_from_voxel,
+        moving.shape,
+        np.float32(0),
+    )
+    return n_inside
+
+
+def coverage(
+    moving_from_reference: NDArray[np.float64],
+    moving: tuple[NDArray[np.float64], tuple[int, int, int]],
+    affine: NDArray[np.float64],
+    shape: tuple[int, int, int],
+) -> NDArray[np.bool_]:
+    """Where all volumes have data once they are resliced.
+
+    Parameters
+    ----------
+    moving_from_reference : (n, 4, 4) float64
+    moving : affine (4, 4), shape (nx, ny, nz)
+        Grid of the moving volumes.
+    affine : (4, 4) float64
+        World mm from voxel of the output grid.
+    shape : (nz, ny, nx)
+        Of the output grid.
+
+    Returns
+    -------
+    covered : (nz, ny, nx) bool
+    """
+    covered = np.ones(shape, np.bool_)
+    voxel_from_world = geometry.inverse(moving[0])
+    for matrix in moving_from_reference:
+        clear_outside(covered, geometry.compose(voxel_from_world, matrix, affine), moving[1])
+    return covered

@@ -1,0 +1,113 @@
+"""Settings as frozen values: what a user may choose, checked once at the border."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from keepstill.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class EstimateSettings:
+    """How a volume's motion is found.
+
+    Attributes
+    ----------
+    degree : int
+        Degree of the B-spline that samples the moving volume, 1 to 5.
+    lowpass_fwhm_voxels : float
+        Full width at half maximum, in voxels per axis, of the Gaussian that low-passes the
+        reference's Jacobian. Narrower lets interpolation error in, wider gives sharp edges away;
+        flat between 1.6 and 2.
+    tolerance_mm : float
+        A volume has converged once a step moves the head by less than this (rms, mm).
+    max_iterations : int
+        A volume that has not converged by then is marked as failed.
+    min_overlap : float
+        Smallest part of the reference's sampling points, 0 to 1, that must lie inside the
+        moving volume's field of view.
+    """
+
+    degree: int = 5
+    lowpass_fwhm_voxels: float = 1.8
+    tolerance_mm: float = 0.001
+    max_iterations: int = 40
+    min_overlap: float = 0.5
+
+
+@dataclass(frozen=True)
+class RealignSettings:
+    """Everything that changes a run's outputs; all of it enters the run's key.
+
+    Attributes
+    ----------
+    reference : str
+        ``first``, ``middle``, ``mean`` or the path of a 3-D NIfTI file.
+    interpolation_degree : int
+        Degree of the B-spline that reslices, 1 to 5.
+    reslice : bool
+        False writes transforms and tables only.
+    output_dtype : str
+        ``float32`` or ``int16`` (with a fitted scl_slope and scl_inter).
+    output_desc : str
+        The ``desc`` entity of the realigned run.
+    fd_radius_mm : float
+        Radius of the sphere on which rotations count in framewise displacement.
+    fd_outlier_mm, std_dvars_outlier : float
+        A volume above either is flagged as an outlier.
+    estimate : EstimateSettings
+    """
+
+    reference: str = "first"
+    interpolation_degree: int = 5
+    reslice: bool = True
+    output_dtype: str = "float32"
+    output_desc: str = "hmc"
+    fd_radius_mm: float = 50.0
+    fd_outlier_mm: float = 0.5
+    std_dvars_outlier: float = 1.5
+    estimate: EstimateSettings = field(default_factory=EstimateSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse what no engine could honour, in words."""
+        for name, degree in (
+            ("interpolation_degree", self.interpolation_degree),
+            ("estimate degree", self.estimate.degree),
+        ):
+            if degree not in range(1, 6):
+                raise SettingsError(f"{name}: {degree} found; needs a whole number from 1 to 5")
+        if self.output_dtype not in ("float32", "int16"):
+            raise SettingsError(
+                f"output_dtype: {self.output_dtype!r} found; needs float32 or int16"
+            )
+
+    def to_json(self) -> str:
+        """These settings as one line of JSON with sorted keys, equal for equal settings."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RealignSettings":
+        """Settings from `to_json`; missing keys take their default.
+
+        Raises
+        ------
+        SettingsError
+            For a key that no setting has.
+        """
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RealignSettings":
+        """Settings from a plain dictionary (`from_json` without the JSON)."""
+        values = dict(values)
+        nested = values.pop("estimate", {})
+        _refuse_unknown(cls, values)
+        _refuse_unknown(EstimateSettings, nested)
+        return cls(estimate=EstimateSettings(**nested), **values)
+
+
+def _refuse_unknown(kind: type, values: dict[str, Any]) -> None:
+    known = {f.name for f in fields(kind)}
+    for name in values:
+        if name not in known:
+            raise SettingsError(f"setting {name!r} is unknown; known: {', '.join(sorted(known))}")

@@ -1,0 +1,127 @@
+"""A run's page: its motion as a picture, its figures, settings, warnings and files."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepstill.report.render import number, put_text, render
+from keepstill.report.run_record import (
+    MOTION_COLUMNS,
+    Confounds,
+    RunRecord,
+    consecutive,
+    finite_mean,
+    flatten,
+    read_confounds,
+    read_run,
+)
+from keepstill.settings import RealignSettings
+
+FIT_COLUMNS = ("iterations", "cost", "overlap")
+ERROR_COLUMN = "expected_error_mm"
+
+
+def write_run_page(manifest: Path, output_dir: Path) -> None:
+    """Write ``figures/<run>.svg`` and ``pages/<run>.html`` below `output_dir`.
+
+    Raises
+    ------
+    InputError
+        If the manifest, or the table of confounds that it names, cannot be read.
+    """
+    from keepstill.report.figures import motion_svg  # matplotlib: 0.5 s, needed only here
+
+    record = read_run(manifest)
+    confounds = read_confounds(
+        output_dir / record.confounds, MOTION_COLUMNS + FIT_COLUMNS, (ERROR_COLUMN,)
+    )
+    page = render(
+        "run.html.j2",
+        record=record,
+        alternative=describe(record, confounds),
+        figures=_summary_figures(record, confounds),
+        failures=_failures(record, confounds),
+        failed_volumes=name_volumes(confounds.failed),
+        outlier_volumes=name_volumes(_outliers(record, confounds)),
+        settings=flatten(record.settings),
+        defaults=flatten(asdict(RealignSettings())),
+        manifest_name=manifest.name,
+    )
+    put_text(output_dir / "figures" / f"{record.run}.svg", motion_svg(record, confounds))
+    put_text(output_dir / "pages" / f"{record.run}.html", page)
+
+
+def name_volumes(volumes: NDArray[np.intp]) -> str:
+    """Ascending volume numbers in words, neighbours as a stretch: ``7, 12–15``."""
+    return ", ".join(
+        str(first) if first == last else f"{first}–{last}" for first, last in consecutive(volumes)
+    )
+
+
+def describe(record: RunRecord, confounds: Confounds) -> str:
+    """Say what the picture shows, for those who cannot see it."""
+    summary = record.summary
+    return (
+        f"Head motion of {record.run} over {len(confounds.status)} volumes in four panels: "
+        "translation, rotation, framewise displacement and standardised DVARS. "
+        f"Mean framewise displacement {number(summary['mean_fd_mm'], 3)} mm, "
+        f"largest {number(summary['max_fd_mm'], 3)} mm; {summary['n_outliers']} outlier volumes; "
+        f"failed volumes: {name_volumes(confounds.failed) or 'none'}."
+    )
+
+
+def _outliers(record: RunRecord, confounds: Confounds) -> NDArray[np.intp]:
+    columns, settings = confounds.columns, record.settings
+    above = (columns["framewise_displacement"] > settings["fd_outlier_mm"]) | (
+        columns["std_dvars"] > settings["std_dvars_outlier"]
+    )
+    return np.flatnonzero(above & (confounds.status != "failed"))
+
+
+def _failures(record: RunRecord, confounds: Confounds) -> list[tuple[str, ...]]:
+    """Volume, time (s), iterations, cost and overlap of each failed volume."""
+    tr_s = record.summary["tr_s"]
+    iterations, cost, overlap = (confounds.columns[name] for name in FIT_COLUMNS)
+    return [
+        (
+            str(volume),
+            number(tr_s and volume * tr_s, 1),
+            number(iterations[volume]),
+            f"{cost[volume]:.4g}" if np.isfinite(cost[volume]) else number(None),
+            number(100 * overlap[volume]),
+        )
+        for volume in confounds.failed
+    ]
+
+
+def _summary_figures(record: RunRecord, confounds: Confounds) -> list[tuple[str, str, str]]:
+    """Name, value, and unit or share, of each figure on the page."""
+    summary, columns = record.summary, confounds.columns
+    n_volumes, tr_s = summary["n_volumes"], summary["tr_s"]
+    good = confounds.status != "failed"
+    outliers, failed = summary["n_outliers"], summary["n_failed"]
+    return [
+        ("Volumes", str(n_volumes), ""),
+        ("Repetition time", number(tr_s, 3), "s"),
+        ("Duration", number(tr_s and n_volumes * tr_s / 60, 1), "min"),
+        ("Mean framewise displacement", number(summary["mean_fd_mm"], 3), "mm"),
+        ("Largest framewise displacement", number(summary["max_fd_mm"], 3), "mm"),
+        ("Largest translation", number(_largest(columns, "trans", good), 2), "mm"),
+        ("Largest rotation", number(float(np.rad2deg(_largest(columns, "rot", good))), 2), "°"),
+        ("Outlier volumes", str(outliers), f"({number(100 * outliers / n_volumes, 1)} %)"),
+        ("Failed volumes", str(failed), f"({number(100 * failed / n_volumes, 1)} %)"),
+        ("Mean expected error", number(finite_mean(columns[ERROR_COLUMN][good]), 4), "mm"),
+        ("Mean standardised DVARS", number(finite_mean(columns["std_dvars"][good]), 3), ""),
+        (
+            "Temporal SNR before → after",
+            f"{number(summary['tsnr_before'], 1)} → {number(summary['tsnr_after'], 1)}",
+            "",
+        ),
+    ]
+
+
+def _largest(columns: dict[str, NDArray[np.float64]], kind: str, good: NDArray[np.bool_]) -> float:
+    values = np.abs([columns[f"{kind}_{axis}"][good] for axis in "xyz"])
+    return float(np.max(values, initial=-np.inf, where=np.isfinite(values)))

@@ -61,8 +61,15 @@ def open_staged(stage_dir: Path) -> StagedRun:
     return StagedRun(found["run"], layout, voxels, voxels_dir / REALIGNED_VOXELS, found)
 
 
-def read_volume(path: Path) -> tuple[NDArray[np.float32], Layout]:
-    """A 3-D NIfTI file whole: voxels (nz, ny, nx) float32 and layout.
+def read_volume(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """A 3-D NIfTI file whole.
+
+    Returns
+    -------
+    volume : (nz, ny, nx) float32
+        In the units that slope and intercept give.
+    affine : (4, 4) float64
+        World mm from voxel.
 
     Raises
     ------
@@ -74,10 +81,10 @@ def read_volume(path: Path) -> tuple[NDArray[np.float32], Layout]:
 
     try:
         image = nib.load(path)
-        layout = parse_layout(image.header.binaryblock, path.name)
         voxels = np.asanyarray(image.dataobj, dtype=np.float32)
     except (OSError, EOFError, ImageFileError) as error:
         raise InputError(f"{path}: not readable as NIfTI ({error}); check the file") from error
-    if len(layout.shape) != 3:
-        raise InputError(f"{path}: axes {layout.shape} found; a reference needs one volume")
-    return np.ascontiguousarray(voxels.reshape(layout.shape).T), layout
+    shape = image.shape[:3]
+    if len(shape) != 3 or voxels.size != np.prod(shape):
+        raise InputError(f"{path}: axes {image.shape} found; a reference needs one volume")
+    return np.ascontiguousarray(voxels.reshape(shape).T), image.affine.astype(np.float64)

@@ -66,8 +66,8 @@ def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
         name = f"volume {t}"
     else:
         t = None
-        volume, layout = read_volume(Path(settings.reference))
-        affine, name = layout.affine, settings.reference
+        volume, affine = read_volume(Path(settings.reference))
+        name = settings.reference
     return Target(_prepared(run, (volume, affine, name), settings), t)
 
 

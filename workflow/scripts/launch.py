@@ -29,7 +29,7 @@ def main() -> None:
     try:
         become(args.command, args.ranks, args.threads_per_rank)
     except KeepstillError as error:
-        print(f"{args.run}: {error}", file=sys.stderr)
+        print(f"keepstill: {args.run}: {error}", file=sys.stderr)
         sys.exit(2)
 
 

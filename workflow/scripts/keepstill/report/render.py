@@ -1,8 +1,6 @@
-"""Templates filled and files put in place, equal bytes for equal values."""
+"""Templates filled, equal text for equal values."""
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -40,14 +38,3 @@ def size(n_bytes: int) -> str:
             return f"{amount:.3g} {unit}"
         amount /= 1000
     return f"{amount:.3g} TB"
-
-
-def put_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in one step: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

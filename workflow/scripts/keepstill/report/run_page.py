@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill.report.render import number, put_text, render
+from keepstill.files import put_text
+from keepstill.report.render import number, render
 from keepstill.report.run_record import (
     MOTION_COLUMNS,
     Confounds,

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill.report.render import put_text, render
+from keepstill.files import put_text
+from keepstill.report.render import render
 from keepstill.report.run_record import (
     Confounds,
     RunRecord,

@@ -1,0 +1,63 @@
+# make demo   realign the small study under tests/data and show where its page is
+# make test   run the tests
+# make lint   check style and types of code and rules
+# make clean  remove the environment, the demo's results and caches
+#
+# The first call sets up .venv from the pinned lists in envs/.
+
+PYTHON ?= python3
+CORES ?= $(shell nproc)
+
+# Recipes find python, snakemake and mpirun of the environment first.
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	--no-build-isolation
+
+define SHOW_RESULTS
+import pathlib, yaml
+config = yaml.safe_load(pathlib.Path("config/config.yaml").read_text())
+output_dir = pathlib.Path(config["output_dir"]).resolve()
+print(f"results: {output_dir}\npage:    {output_dir / 'index.html'}")
+endef
+export SHOW_RESULTS
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint clean
+
+demo: .venv/run.stamp
+	@$(IN_VENV) snakemake --cores $(CORES)
+	@.venv/bin/python -c "$$SHOW_RESULTS"
+
+test: .venv/test.stamp
+	@$(IN_VENV) pytest -q
+
+lint: .venv/test.stamp
+	@$(IN_VENV) ruff check .
+	@$(IN_VENV) ruff format --check .
+	@$(IN_VENV) mypy
+	@$(IN_VENV) snakefmt --check Snakefile workflow/rules
+	@$(IN_VENV) snakemake --lint
+	@$(IN_VENV) codespell
+
+clean:
+	rm -rf .venv .snakemake results/demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find workflow tests -depth \( -name __pycache__ -o -name '*.egg-info' \) -exec rm -rf {} +
+
+# An environment that a moved or removed Python left broken is made anew.
+.venv/run.stamp: envs/build.txt envs/run.txt envs/report.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "keepstill: $(PYTHON) not found; install Python 3.11 to 3.13" >&2; exit 2; }
+	@$(PYTHON) envs/check_python.py
+	@echo "setting up .venv (once, about a minute)"
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(PIP_INSTALL) --require-hashes -r envs/build.txt
+	@$(PIP_INSTALL) --require-hashes -r envs/run.txt -r envs/report.txt
+	@$(PIP_INSTALL) --no-deps --editable .
+	@echo "compiling the kernels (once)"
+	@.venv/bin/keepstill warm
+	@touch $@
+
+.venv/test.stamp: .venv/run.stamp envs/test.txt
+	@echo "adding the test tools to .venv (once, about a minute and 2 GB)"
+	@$(PIP_INSTALL) --require-hashes -r envs/test.txt
+	@touch $@

@@ -1,0 +1,39 @@
+# keepstill: realigns the BOLD runs of a BIDS data set. A run goes through stage (into memory),
+# realign (MPI), collect (onto disk) and page_run; page_study lists them all.
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+
+configfile: Path(workflow.basedir) / "config" / "config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/stage.smk"
+include: "workflow/rules/realign.smk"
+include: "workflow/rules/collect.smk"
+include: "workflow/rules/report.smk"
+
+
+localrules:
+    all,
+
+
+rule all:
+    default_target: True
+    input:
+        wanted_flags(),
+
+
+onstart:
+    start_study()
+
+
+onsuccess:
+    end_study()
+
+
+onerror:
+    end_study(failed=True)

@@ -1,0 +1,200 @@
+"""The index of a data set, the inheritance of sidecars, and the names of outputs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from keepstill import bids
+from keepstill.errors import InputError
+
+BOLD = "_bold.nii.gz"
+
+
+def make(root: Path, *names: str) -> Path:
+    """A data set of empty files; `sub-01_ses-a_task-x` goes to sub-01/ses-a/func."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / bids.DESCRIPTION).write_text('{"Name": "made", "BIDSVersion": "1.11.0"}')
+    for name in names:
+        path = root / bids.derivative_folder(name) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    return make(
+        tmp_path / "study",
+        "sub-02_task-rest" + BOLD,
+        "sub-01_ses-b_task-nback_run-02" + BOLD,
+        "sub-01_ses-a_task-nback_run-01_bold.nii",
+        "sub-01_ses-a_task-nback_run-01_sbref.nii.gz",
+        "sub-01_ses-a_task-nback_run-01_bold.json",
+        "sub-01_ses-a_task-nback_run-01_events.tsv",
+        "sub-01_ses-a_task-mag_part-mag" + BOLD,
+        "sub-01_ses-a_task-mag_part-phase" + BOLD,
+    )
+
+
+def names(runs: list[bids.Run]) -> list[str]:
+    return [run.name for run in runs]
+
+
+def test_runs_are_sorted_and_phase_is_left_out(made: Path) -> None:
+    runs = bids.index_runs(made)
+    assert names(runs) == [
+        "sub-01_ses-a_task-mag_part-mag",
+        "sub-01_ses-a_task-nback_run-01",
+        "sub-01_ses-b_task-nback_run-02",
+        "sub-02_task-rest",
+    ]
+    nback = runs[1]
+    assert nback.source == made / "sub-01/ses-a/func/sub-01_ses-a_task-nback_run-01_bold.nii"
+    assert (nback.subject, nback.session) == ("01", "a")
+    assert nback.entities["run"] == "01"
+    assert runs[3].session is None
+
+
+@pytest.mark.parametrize("name", ["ds000114.v2", ".hidden", "old [1]", "a {b} 'c'"])
+def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
+    """bids2table finds nothing below a folder with a dot or with brackets in its name."""
+    study = make(tmp_path / name, "sub-01_task-rest" + BOLD)
+    assert names(bids.index_runs(study)) == ["sub-01_task-rest"]
+
+
+def test_derivatives_are_not_entered(made: Path) -> None:
+    make(made / "derivatives" / "other", "sub-09_task-rest" + BOLD)
+    make(made / "sourcedata", "sub-08_task-rest" + BOLD)
+    assert {run.subject for run in bids.index_runs(made)} == {"01", "02"}
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"participants": ["02"]}, ["sub-02_task-rest"]),
+        ({"participants": ["sub-02"]}, ["sub-02_task-rest"]),
+        ({"sessions": ["ses-b"]}, ["sub-01_ses-b_task-nback_run-02"]),
+        ({"runs": [2]}, ["sub-01_ses-b_task-nback_run-02"]),
+        ({"runs": ["run-1"]}, ["sub-01_ses-a_task-nback_run-01"]),
+        ({"tasks": ["mag", "rest"]}, ["sub-01_ses-a_task-mag_part-mag", "sub-02_task-rest"]),
+        ({"tasks": ["nback"], "sessions": ["a"]}, ["sub-01_ses-a_task-nback_run-01"]),
+    ],
+)
+def test_filters(made: Path, filters: bids.Filters, expected: list[str]) -> None:
+    assert names(bids.index_runs(made, filters)) == expected
+
+
+@pytest.mark.parametrize(
+    ("filters", "words"),
+    [
+        ({"participants": ["x"]}, "participants: no run has x; choose from those found"),
+        ({"tasks": ["nbak"]}, "did you mean nback? (found: mag, nback, rest)"),
+        ({"participants": ["2"]}, "did you mean 02?"),
+        ({"participants": ["01"], "tasks": ["rest"]}, "4 runs found, 3 left before tasks rest"),
+    ],
+)
+def test_filters_that_leave_nothing_say_which(
+    made: Path, filters: bids.Filters, words: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        bids.index_runs(made, filters)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        bids.index_runs(tmp_path / "missing")
+
+
+def test_a_folder_that_is_no_study(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no sub-\* folder"):
+        bids.index_runs(tmp_path)
+
+
+def test_a_study_without_bold(tmp_path: Path) -> None:
+    study = make(tmp_path / "study", "sub-01_T1w.nii.gz")
+    with pytest.raises(InputError, match="no run found"):
+        bids.index_runs(study)
+
+
+def test_one_name_for_two_files(made: Path) -> None:
+    make(made, "sub-02_task-rest_bold.nii")
+    with pytest.raises(InputError, match="sub-02_task-rest: two files found"):
+        bids.index_runs(made)
+
+
+def test_sidecars_are_inherited_the_nearer_the_stronger(made: Path) -> None:
+    run = bids.index_runs(made)[1].source
+    for path, values in {
+        made / "bold.json": {"far": 0, "a": 0},
+        made / "task-nback_bold.json": {"a": 1, "b": 1},
+        made / "task-rest_bold.json": {"a": 9},
+        made / "sub-01" / "sub-01_bold.json": {"b": 2, "c": 2},
+        made / "sub-01/ses-a/func/sub-01_ses-a_task-nback_run-01_bold.json": {"c": 3},
+        made / "sub-01/ses-a/func/sub-01_ses-a_task-nback_run-01_sbref.json": {"c": 9},
+    }.items():
+        path.write_text(json.dumps(values))
+    assert bids.sidecar_metadata(run, made) == {"far": 0, "a": 1, "b": 2, "c": 3}
+    assert bids.sidecar_metadata(run) == {"far": 0, "a": 1, "b": 2, "c": 3}
+
+
+def test_outside_a_study_the_json_beside_counts_alone(tmp_path: Path) -> None:
+    run = tmp_path / "in" / "functional.nii.gz"
+    run.parent.mkdir()
+    (tmp_path / "functional.json").write_text('{"far": 1}')
+    assert bids.sidecar_metadata(run) == {}
+    (run.parent / "functional.json").write_text('{"RepetitionTime": 2}')
+    assert bids.sidecar_metadata(run) == {"RepetitionTime": 2}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_a_broken_sidecar_is_named(made: Path, text: str) -> None:
+    (made / "bold.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"bold\.json"):
+        bids.sidecar_metadata(bids.index_runs(made)[0].source, made)
+
+
+def test_uri(made: Path) -> None:
+    source = bids.index_runs(made)[3].source
+    assert bids.bids_uri(source, made) == "bids:raw:sub-02/func/sub-02_task-rest_bold.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("run", "folder"),
+    [
+        ("sub-01_ses-a_task-x", "sub-01/ses-a/func"),
+        ("sub-01_task-ses", "sub-01/func"),
+        ("functional", "func"),
+    ],
+)
+def test_folder_of_outputs(run: str, folder: str) -> None:
+    assert str(bids.derivative_folder(run)) == folder
+
+
+@pytest.mark.parametrize(
+    ("run", "ending", "entities", "without", "name"),
+    [
+        ("sub-01_task-x", "bold.nii.gz", {"desc": "hmc"}, (), "sub-01_task-x_desc-hmc_bold.nii.gz"),
+        (
+            "sub-01_task-x_echo-2",
+            "xfm.txt",
+            {"from": "orig", "to": "boldref", "mode": "image", "desc": "hmc"},
+            ["echo"],
+            "sub-01_task-x_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt",
+        ),
+        ("sub-01_desc-old", "bold.json", {"desc": "hmc"}, (), "sub-01_desc-hmc_bold.json"),
+        ("functional", "mask.nii.gz", {"desc": "brain"}, (), "functional_desc-brain_mask.nii.gz"),
+    ],
+)
+def test_names_of_outputs(
+    run: str, ending: str, entities: dict[str, str], without: list[str], name: str
+) -> None:
+    assert bids.derivative_name(run, ending, entities, without=without) == name
+
+
+def test_name_of_a_run() -> None:
+    assert bids.run_name(Path("in/sub-01_task-x_bold.nii.gz")) == "sub-01_task-x"
+    assert bids.run_name(Path("functional.nii")) == "functional"
+    assert bids.run_name(Path("v1.2_bold.nii.gz")) == "v1.2"

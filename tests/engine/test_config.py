@@ -1,0 +1,144 @@
+"""The configuration: one truth in four places, and errors that say what is needed."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from keepstill import config as engine_config
+from keepstill.errors import SettingsError
+from keepstill.settings import RealignSettings
+
+CONFIG = Path(__file__).parents[2] / "config"
+SCHEMA = engine_config.read_schema(CONFIG / "config.schema.yaml")
+SHIPPED = yaml.safe_load((CONFIG / "config.yaml").read_text(encoding="utf-8"))
+
+
+def leaves(properties: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key of a schema, nested ones as estimate.degree -> its own schema."""
+    found = {}
+    for name, value in properties.items():
+        if "properties" in value:
+            found |= leaves(value["properties"], f"{prefix}{name}.")
+        elif name != "pathvars":
+            found[prefix + name] = value
+    return found
+
+
+def test_the_shipped_configuration_is_the_schema_s_defaults() -> None:
+    engine_config.check_config(SHIPPED, SCHEMA)
+    defaults = {name: schema["default"] for name, schema in leaves(SCHEMA["properties"]).items()}
+    estimate = {f"estimate.{name}": value for name, value in SHIPPED["estimate"].items()}
+    assert {**SHIPPED, **estimate} == {**defaults, "estimate": SHIPPED["estimate"]}
+
+
+def test_the_shipped_configuration_is_the_engine_s_defaults() -> None:
+    assert engine_config.settings_of(SHIPPED) == RealignSettings()
+    assert {setting.name for setting in fields(RealignSettings)} <= set(SHIPPED)
+
+
+def test_every_key_is_explained() -> None:
+    readme = (CONFIG / "README.md").read_text(encoding="utf-8")
+    for name, schema in leaves(SCHEMA["properties"]).items():
+        assert f"| `{name}` |" in readme
+        assert schema["description"] and schema["needs"]
+        if name.endswith("_mm"):
+            assert schema["unit"] == "mm"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"participant": ["01"]}, "'participant' is unknown; did you mean participants?"),
+        ({"zzz": 1}, "'zzz' is unknown; known: bids_dir"),
+        ({"estimate": {"degre": 3}}, "estimate: 'degre' is unknown; did you mean degree?"),
+        ({"interpolation_degree": 9}, "interpolation_degree: 9 found; needs a whole number from 1"),
+        ({"interpolation_degree": 2.5}, "interpolation_degree: 2.5 found"),
+        ({"fd_radius_mm": 0}, "fd_radius_mm: 0 found; needs a number of mm above 0"),
+        ({"output_dtype": "int8"}, "output_dtype: 'int8' found; needs float32 or int16"),
+        ({"output_desc": "a_b"}, "output_desc: 'a_b' found; needs letters and digits only"),
+        ({"participants": 1}, "participants: 1 found; needs labels in quotes"),
+        ({"participants": [1]}, "participants: 0: 1 found; needs labels in quotes"),
+        ({"participants": []}, "participants: [] found; needs labels"),
+        ({"pages": "maybe"}, "pages: 'maybe' found; needs true or false"),
+        ({"bids_dir": None}, "bids_dir: None found; needs the path of a folder"),
+    ],
+)
+def test_a_misfit_is_one_line(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        engine_config.check_config(SHIPPED | changed, SCHEMA)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key() -> None:
+    less = {name: value for name, value in SHIPPED.items() if name != "output_dir"}
+    with pytest.raises(SettingsError, match="output_dir is missing"):
+        engine_config.check_config(less, SCHEMA)
+
+
+def test_text_from_the_command_line() -> None:
+    given = {
+        "pages": "false",
+        "participants": "null",
+        "tasks": "rest",
+        "fd_radius_mm": "40",
+        "estimate": {"degree": "3", "tolerance_mm": "1e-3"},
+        "reference": "first",
+        "unknown": "true",
+    }
+    assert engine_config.with_types(given, SCHEMA) == {
+        "pages": False,
+        "participants": None,
+        "tasks": "rest",
+        "fd_radius_mm": 40,
+        "estimate": {"degree": 3, "tolerance_mm": 1e-3},
+        "reference": "first",
+        "unknown": "true",
+    }
+
+
+def test_whole_numbers_and_fractions_are_one_setting() -> None:
+    whole = engine_config.settings_of(SHIPPED | {"fd_radius_mm": 50})
+    assert whole.to_json() == RealignSettings().to_json()
+
+
+def test_a_single_label_is_a_list_of_one() -> None:
+    filters = engine_config.filters_of({"participants": "01", "runs": 2, "tasks": None})
+    assert filters == {"participants": ["01"], "sessions": None, "tasks": None, "runs": [2]}
+
+
+def test_paths_are_relative_to_who_gave_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone, here = tmp_path / "clone", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    shipped = engine_config.with_absolute_paths(SHIPPED, (), clone)
+    assert shipped["bids_dir"] == str(clone / SHIPPED["bids_dir"])
+    given = {"bids_dir": "../study", "output_dir": "out", "reference": "mean.nii"}
+    mixed = engine_config.with_absolute_paths(SHIPPED | given, given, clone)
+    assert mixed["bids_dir"] == str(tmp_path / "study")
+    assert mixed["output_dir"] == str(here / "out")
+    assert mixed["reference"] == str(here / "mean.nii")
+    assert mixed["stage_root"] == SHIPPED["stage_root"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"bids_dir": "/data"}, "output_dir=/data/derivatives/keepstill"),
+        ({"bids_dir": "/data", "output_dir": "/data"}, "is bids_dir too"),
+        ({"output_dir": "/out/{run}"}, "has braces"),
+    ],
+)
+def test_paths_that_would_do_harm(given: dict[str, str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=words):
+        engine_config.with_absolute_paths(SHIPPED | given, given, tmp_path)
+
+
+def test_a_reference_that_is_not_there() -> None:
+    with pytest.raises(SettingsError, match="needs first, middle, mean or an existing file"):
+        engine_config.settings_of(SHIPPED | {"reference": "/nowhere/mean.nii"})

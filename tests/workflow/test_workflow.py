@@ -1,0 +1,240 @@
+"""The workflow as a user calls it: what is done, what is not done again, what is told."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+CLONE = Path(__file__).parents[2]
+FIRST, SECOND = "sub-01_task-rest", "sub-02_task-headturn"
+RUNS = {
+    FIRST: "sub-03/func/sub-03_task-rest_bold",
+    SECOND: "sub-02/func/sub-02_task-headturn_run-1_bold",
+}
+
+
+class Place:
+    """A working directory with a study in it, and Snakemake to call there."""
+
+    def __init__(self, root: Path, runs: Iterable[str] = RUNS) -> None:
+        self.root = root
+        self.bids_dir = root / "my [old] study.v2"
+        self.output_dir = root / "the results"
+        self.stage_root = root / "memory"
+        self.stage_root.mkdir()
+        demo = CLONE / "tests" / "data" / "study"
+        self.bids_dir.mkdir()
+        description = "dataset_description.json"
+        (self.bids_dir / description).write_bytes((demo / description).read_bytes())
+        for run in runs:
+            for ending in (".nii.gz", ".json"):
+                path = self.source(run, ending)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes((demo / (RUNS[run] + ending)).read_bytes())
+
+    def source(self, run: str, ending: str = ".nii.gz") -> Path:
+        return self.bids_dir / run[:6] / "func" / f"{run}_bold{ending}"
+
+    def call(
+        self, *arguments: str, config: Iterable[str] = (), n_cores: int = 2
+    ) -> subprocess.CompletedProcess[str]:
+        """Snakemake in this place, from an environment that is not activated."""
+        command = [
+            *(sys.executable, "-m", "snakemake", "--cores", str(n_cores)),
+            *("--snakefile", str(CLONE / "Snakefile")),
+            *("--workflow-profile", str(CLONE / "profiles" / "default")),
+            *arguments,
+            *("--config", f"bids_dir={self.bids_dir.name}", f"output_dir={self.output_dir.name}"),
+            *(f"stage_root={self.stage_root}", *config),
+        ]
+        environment = os.environ | {"PATH": os.defpath}
+        return subprocess.run(
+            command, cwd=self.root, capture_output=True, text=True, env=environment, check=False
+        )
+
+    def outputs(self) -> dict[str, tuple[int, int]]:
+        """Path -> inode and time of change of every file of the results but logs."""
+        found = (path for path in self.output_dir.rglob("*") if path.is_file())
+        return {
+            name: (path.stat().st_ino, path.stat().st_mtime_ns)
+            for path in found
+            if not (name := path.relative_to(self.output_dir).as_posix()).startswith("logs/")
+        }
+
+
+def told(process: subprocess.CompletedProcess[str]) -> list[str]:
+    """Our own lines on the terminal."""
+    return [line for line in process.stderr.splitlines() if line.startswith("keepstill: ")]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[str]]:
+    """A study that was realigned, and what was told."""
+    place = Place(tmp_path_factory.mktemp("done"))
+    process = place.call()
+    assert process.returncode == 0, process.stderr
+    return place, told(process)
+
+
+def test_a_study_is_realigned(done: tuple[Place, list[str]]) -> None:
+    place, lines = done
+    assert lines[0] == "keepstill: 2 runs found, 0 complete, 2 to do"
+    assert {line.split(": ")[1] for line in lines[1:3]} == {FIRST, SECOND}
+    assert lines[3:] == [f"keepstill: all complete in {place.output_dir}"]
+    for run in RUNS:
+        folder = place.output_dir / run[:6] / "func"
+        assert (folder / f"{run}_desc-hmc_bold.nii.gz").is_file()
+        for made in (f"manifests/{run}.json", f"figures/{run}.svg", f"pages/{run}.html"):
+            assert (place.output_dir / made).is_file()
+    assert (place.output_dir / "index.html").is_file()
+
+
+def test_nothing_stays_behind(done: tuple[Place, list[str]]) -> None:
+    place, _ = done
+    assert not list(place.stage_root.iterdir())
+    assert not (place.output_dir / "logs" / "done").exists()
+    assert not list(place.output_dir.rglob("*.part"))
+
+
+def test_a_complete_study_is_not_repeated(done: tuple[Place, list[str]]) -> None:
+    place, _ = done
+    before = place.outputs()
+    for path in place.bids_dir.rglob("*.nii.gz"):
+        path.touch()
+    process = place.call()
+    assert process.returncode == 0, process.stderr
+    assert told(process) == ["keepstill: 2 runs, all complete; nothing to do"]
+    assert place.outputs() == before
+
+
+def test_a_damaged_run_alone_is_done_again(done: tuple[Place, list[str]]) -> None:
+    place, _ = done
+    before = place.outputs()
+    table = f"sub-01/func/{FIRST}_desc-confounds_timeseries.tsv"
+    (place.output_dir / table).write_text("")
+    process = place.call()
+    assert process.returncode == 0, process.stderr
+    assert told(process)[0] == "keepstill: 2 runs found, 1 complete, 1 to do"
+    after = place.outputs()
+    assert (place.output_dir / table).stat().st_size > 0
+    assert {name for name in before if SECOND in name and before[name] != after[name]} == set()
+
+
+def test_a_missing_page_costs_no_realignment(done: tuple[Place, list[str]]) -> None:
+    place, _ = done
+    before = place.outputs()
+    (place.output_dir / "pages" / f"{SECOND}.html").unlink()
+    process = place.call()
+    assert process.returncode == 0, process.stderr
+    assert told(process)[0] == "keepstill: 2 runs, all complete; 1 page to make"
+    after = place.outputs()
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == {
+        "index.html",
+        f"figures/{SECOND}.svg",
+        f"pages/{SECOND}.html",
+    }
+
+
+def test_flags_of_a_killed_call_count_for_nothing(done: tuple[Place, list[str]]) -> None:
+    """A flag without a complete run once made Snakemake skip the run."""
+    place, _ = done
+    flags = place.output_dir / "logs" / "done"
+    flags.mkdir()
+    (flags / f"{FIRST}.collected").touch()
+    (place.output_dir / "manifests" / f"{FIRST}.json").unlink()
+    process = place.call()
+    assert process.returncode == 0, process.stderr
+    assert (place.output_dir / "manifests" / f"{FIRST}.json").is_file()
+
+
+def test_a_bad_run_stops_no_other_and_is_named_last(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    bad = place.source(SECOND)
+    bad.write_bytes(bad.read_bytes()[:200_000])
+    process = place.call()
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith(f"keepstill: {SECOND}: ") and "truncated" in last
+    assert "Traceback" not in process.stderr
+    assert (place.output_dir / "manifests" / f"{FIRST}.json").is_file()
+    assert f"pages/{FIRST}.html" in (place.output_dir / "index.html").read_text()
+    assert not [name for name in place.outputs() if SECOND in name]
+    assert not list(place.stage_root.iterdir())
+
+
+def test_one_core_needs_no_launcher(tmp_path: Path) -> None:
+    place = Place(tmp_path, [FIRST])
+    process = place.call("--printshellcmds", config=["pages=false"], n_cores=1)
+    assert process.returncode == 0, process.stderr
+    assert (place.output_dir / "manifests" / f"{FIRST}.json").is_file()
+    assert not (place.output_dir / "index.html").exists()
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A study that nothing is done to."""
+    return Place(tmp_path_factory.mktemp("fresh"))
+
+
+def command_of_ranks(process: subprocess.CompletedProcess[str]) -> str:
+    """What a dry run shows between the launch script and its end."""
+    assert process.returncode == 0, process.stderr
+    found = re.search(r"launch\.py.*? -- (.*?) \S*realign_run\.py", process.stdout)
+    assert found, process.stdout
+    return found.group(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "n_cores", "command"),
+    [
+        ((), 2, "mpirun -n 2 -bind-to 'user:{cores}' python -m mpi4py"),
+        ((), 1, "python"),
+        (
+            (
+                "--set-resources",
+                "realign:mpi=srun --mpi=pmi2",
+                "realign:mpi_args=--cpu-bind=cores --label",
+                "realign:tasks=2",
+            ),
+            2,
+            "srun --mpi=pmi2 -n 2 --cpu-bind=cores --label python -m mpi4py",
+        ),
+    ],
+)
+def test_the_launcher_is_the_profile_s(
+    fresh: Place, arguments: tuple[str, ...], n_cores: int, command: str
+) -> None:
+    if n_cores > len(os.sched_getaffinity(0)):
+        pytest.skip("two cores are needed for two ranks")
+    options = ("--dry-run", "--printshellcmds", "--quiet", "host")
+    assert command_of_ranks(fresh.call(*options, *arguments, n_cores=n_cores)) == command
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("participant=01", "config: 'participant' is unknown; did you mean participants?"),
+        ("interpolation_degree=7", "config: interpolation_degree: 7 found; needs a whole number"),
+        ("participants=[09]", "participants: no run has 09"),
+        ("reference=nowhere.nii", "needs first, middle, mean or an existing file"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(fresh: Place, config: str, words: str) -> None:
+    process = fresh.call(config=[config])
+    assert process.returncode == 2
+    assert words in process.stderr.splitlines()[-1]
+    assert process.stderr.count("keepstill: ") == 1
+    assert "Traceback" not in process.stderr
+
+
+def test_a_dry_run_changes_nothing(fresh: Place) -> None:
+    process = fresh.call("--dry-run")
+    assert process.returncode == 0, process.stderr
+    assert told(process) == ["keepstill: 2 runs found, 0 complete, 2 to do"]
+    assert not fresh.output_dir.exists()
+    assert not list(fresh.stage_root.iterdir())

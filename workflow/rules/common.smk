@@ -1,0 +1,150 @@
+# What all steps share: the study, what of it is to do, names of files, the ranks' command.
+import atexit
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from snakemake.logging import logger
+
+RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
+CLONE = RULES.parents[1]
+SCRIPTS = RULES.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from keepstill.errors import KeepstillError
+from keepstill.manifest import manifest_path
+from keepstill.study import Plan, claim_stage_root, clear_stage, plan_study, read_study
+
+STARTED_S = time.time()
+# Jobs speak for themselves, in one line each; of a failed command its log has more to say.
+NOISE = ("Select jobs", "Execute ", "RuleException:\nCalledProcessError")
+logger.addFilter(lambda record: not str(record.msg).startswith(NOISE))
+
+
+def tell(text):
+    """Say something on the terminal, in the main process only: jobs say it in their logs."""
+    if workflow.is_main_process:
+        print(f"keepstill: {text}", file=sys.stderr, flush=True)
+
+
+def or_refuse(function, *args):
+    """The function's value; a user's error ends in one line instead of a traceback."""
+    try:
+        return function(*args)
+    except KeepstillError as error:
+        print(f"keepstill: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def read_plan():
+    """What is to do. A job on a cluster node is told its targets and needs no plan."""
+    if not workflow.is_main_process:
+        or_refuse(claim_stage_root, STUDY.stage_root)
+        return Plan((), (), False)
+    plan = plan_study(STUDY)
+    tell(plan.in_words(len(STUDY.runs)))
+    return plan
+
+
+STUDY = or_refuse(read_study, config, workflow.config_settings.overwrite_config, CLONE)
+PLAN = read_plan()
+TO_DO = frozenset(PLAN.runs)
+N_CPUS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+# python and mpirun are those of this environment, activated or not; conda puts its own before.
+os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}")
+
+
+wildcard_constraints:
+    run="[^/]+",
+
+
+def staged(name):
+    return f"{STUDY.stage_dir}/{{run}}/{name}"
+
+
+def flag(step, run="{run}"):
+    return str(STUDY.flag_path(run, step))
+
+
+def log_of(rule_name, run="{run}"):
+    return str(STUDY.log_path(rule_name, run))
+
+
+def benchmark_of(rule_name):
+    return f"{STUDY.output_dir}/logs/benchmark/{rule_name}/{{run}}.tsv"
+
+
+def script(name):
+    return str(SCRIPTS / name)
+
+
+def stage_dir(wildcards):
+    return str(STUDY.stage_dir / wildcards.run)
+
+
+def settings(wildcards):
+    return STUDY.settings.to_json()
+
+
+def on_hand(n_cores):
+    """So many cores, on this machine no more than there are; a cluster gives what is asked."""
+    is_local = workflow.is_main_process and workflow.local_exec
+    return min(n_cores, N_CPUS, workflow.cores) if is_local else n_cores
+
+
+def start_study():
+    or_refuse(claim_stage_root, STUDY.stage_root)
+    if workflow.local_exec and workflow.cores > N_CPUS:
+        tell(f"there are {N_CPUS} cores here; --cores {N_CPUS} would keep fewer runs in memory")
+
+
+def rank_count(wildcards, resources):
+    return on_hand(int(resources.get("tasks", 1))) if resources.get("mpi") else 1
+
+
+def threads_per_rank(wildcards, threads, resources):
+    return max(1, on_hand(threads) // rank_count(wildcards, resources))
+
+
+def rank_command(wildcards, resources):
+    """What a rank's script is put behind: one rank needs no launcher, and no mpi4py."""
+    n_ranks = rank_count(wildcards, resources)
+    if n_ranks == 1:
+        return ["python"]
+    launcher = [*shlex.split(resources.mpi), "-n", str(n_ranks)]
+    return [*launcher, *shlex.split(resources.get("mpi_args", "")), "python", "-m", "mpi4py"]
+
+
+def collected_flag(wildcards):
+    """The page of a complete run waits for nothing."""
+    run = wildcards.run
+    is_to_do = run in TO_DO if workflow.is_main_process else not STUDY.is_complete(run)
+    return flag("collected", run) if is_to_do else []
+
+
+def paged_flags(wildcards):
+    return [flag("paged", run) for run in (*PLAN.runs, *PLAN.pages)]
+
+
+def wanted_flags():
+    if STUDY.has_pages:
+        return [flag("paged", "study")] if PLAN.study_page else []
+    return [flag("collected", run) for run in PLAN.runs]
+
+
+def end_study(failed=False):
+    """Clear up; what failed is told as the very last thing, after Snakemake's own words."""
+    clear_stage(STUDY)
+    shutil.rmtree(STUDY.flag_dir, ignore_errors=True)
+    if failed and PLAN.study_page:
+        command = [sys.executable, script("page_study.py"), "--output-dir", str(STUDY.output_dir)]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if failed:
+        lines = STUDY.failures(PLAN, STARTED_S)
+        atexit.register(lambda: [tell(line) for line in lines])
+    elif any(PLAN):
+        tell(f"all complete in {STUDY.output_dir}")

@@ -1,0 +1,23 @@
+rule stage:
+    output:
+        temp(staged("staged.json"), group_jobs=True),
+    log:
+        log_of("stage"),
+    benchmark:
+        benchmark_of("stage")
+    priority: 0
+    group:
+        "run"
+    conda:
+        "../../envs/keepstill.yaml"
+    threads: 1
+    params:
+        guard=script("guard.sh"),
+        script=script("stage_run.py"),
+        bold=lambda wildcards: str(STUDY.runs[wildcards.run].source),
+        bids_dir=lambda wildcards: str(STUDY.bids_dir),
+        stage_dir=stage_dir,
+    shell:
+        "bash {params.guard:q} {log:q} {params.stage_dir:q} "
+        "python {params.script:q} --bold {params.bold:q} --run {wildcards.run:q} "
+        "--bids-dir {params.bids_dir:q} --stage-dir {params.stage_dir:q}"

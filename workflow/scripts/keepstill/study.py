@@ -1,0 +1,290 @@
+"""A study: its runs, which of them are to do, where they are staged, and what failed."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from keepstill.bids import Run, Sidecars, index_runs
+from keepstill.config import (
+    Config,
+    check_config,
+    filters_of,
+    read_schema,
+    settings_of,
+    with_absolute_paths,
+    with_types,
+)
+from keepstill.errors import InputError, StageError
+from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
+from keepstill.settings import RealignSettings
+
+RULES = ("stage", "realign", "collect", "page_run")  # in the order a run goes through them
+ERROR_PREFIX = "keepstill: "  # of an error's line in a log
+EXIT_PREFIX = "exit status "  # of the last line of a failed job's log
+KILLED_PREFIX = "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: "  # MPICH's mpirun
+MAX_FAILURES_SHOWN = 50
+
+
+class Plan(NamedTuple):
+    """What is left to do.
+
+    Attributes
+    ----------
+    runs : tuple of str
+        Runs to realign.
+    pages : tuple of str
+        Complete runs whose page is missing or older than the run.
+    study_page : bool
+    """
+
+    runs: tuple[str, ...]
+    pages: tuple[str, ...]
+    study_page: bool
+
+    def in_words(self, n_runs: int) -> str:
+        """What is left to do in a study of so many runs."""
+        found = counted(n_runs, "run")
+        if not any(self):
+            return f"{found}, all complete; nothing to do"
+        if not self.runs:
+            what = counted(len(self.pages), "page") if self.pages else "the study's page"
+            return f"{found}, all complete; {what} to make"
+        pages = f", {counted(len(self.pages), 'page')} to make" if self.pages else ""
+        return f"{found} found, {n_runs - len(self.runs)} complete, {len(self.runs)} to do{pages}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A data set, where its results go, and how.
+
+    Attributes
+    ----------
+    bids_dir, output_dir : Path
+        Absolute.
+    stage_root : Path
+        Folder of this user alone, below which every study stages its runs.
+    settings : RealignSettings
+    runs : dict
+        Name -> run, sorted by name.
+    has_pages : bool
+        Whether pages are wanted.
+    """
+
+    bids_dir: Path
+    output_dir: Path
+    stage_root: Path
+    settings: RealignSettings
+    runs: Mapping[str, Run]
+    has_pages: bool
+
+    @functools.cached_property
+    def stage_dir(self) -> Path:
+        """Folder of this study in the stage root.
+
+        Its name is a hash of what must agree for a staged run to be of use again, so what a
+        killed study left behind is never taken for the work of another.
+        """
+        identity = [str(self.output_dir), portable_settings(self.settings), engine_sha256()]
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return self.stage_root / name[:12]
+
+    @functools.cached_property
+    def _sidecars(self) -> Sidecars:
+        return Sidecars(self.bids_dir)
+
+    def is_complete(self, run: str) -> bool:
+        """Whether a run's files are those of its input, the settings and the engine."""
+        source = self.runs[run].source
+        if not manifest_path(self.output_dir, run).exists():
+            return False
+        try:
+            metadata = self._sidecars.metadata(source)
+        except InputError:
+            return False  # stage says what is wrong
+        return is_complete(run, source, metadata, self.settings, self.output_dir)
+
+    def has_page(self, run: str) -> bool:
+        """Whether a complete run's page and picture are there and not older than the run."""
+        made = (
+            self.output_dir / "figures" / f"{run}.svg",
+            self.output_dir / "pages" / f"{run}.html",
+        )
+        return _none_older(made, manifest_path(self.output_dir, run))
+
+    @property
+    def flag_dir(self) -> Path:
+        """Folder of the flags by which Snakemake sees what this call has done."""
+        return self.output_dir / "logs" / "done"
+
+    def flag_path(self, run: str, step: str) -> Path:
+        """Flag that a step, ``collected`` or ``paged``, is done for a run or the study."""
+        return self.flag_dir / f"{run}.{step}"
+
+    def log_path(self, rule: str, run: str) -> Path:
+        """Log of one rule's work on one run."""
+        return self.output_dir / "logs" / rule / f"{run}.log"
+
+    def make_plan(self) -> Plan:
+        """What is left to do, from what lies in the output directory."""
+        to_do = tuple(run for run in self.runs if not self.is_complete(run))
+        if not self.has_pages:
+            return Plan(to_do, (), False)
+        complete = self.runs.keys() - set(to_do)
+        pages = tuple(run for run in sorted(complete) if not self.has_page(run))
+        return Plan(to_do, pages, bool(to_do or pages) or not self._has_study_page(complete))
+
+    def failures(self, plan: Plan, since_s: float) -> list[str]:
+        """One line for each run of the plan that failed since a time (seconds, Unix)."""
+        incomplete = {run for run in plan.runs if not self.is_complete(run)}
+        pageless = {run for run in (*plan.runs, *plan.pages) if self.has_pages} - incomplete
+        failed = incomplete | {run for run in pageless if not self.has_page(run)}
+        reasons = {run: self._reason(run, since_s) for run in sorted(failed)}
+        lines = [f"{run}: {reason}" for run, reason in reasons.items() if reason]
+        n_waiting = len(reasons) - len(lines)
+        if len(lines) > MAX_FAILURES_SHOWN:
+            rest = len(lines) - MAX_FAILURES_SHOWN
+            lines[MAX_FAILURES_SHOWN:] = [f"and {rest} more; see {self.output_dir / 'logs'}"]
+        if n_waiting:
+            lines.append(
+                f"{counted(n_waiting, 'run')} not finished; the next call goes on with them"
+            )
+        return lines
+
+    def _reason(self, run: str, since_s: float) -> str | None:
+        """Why a run failed; None if none of its logs says that it did."""
+        for rule in reversed(RULES):
+            log = self.log_path(rule, run)
+            if log.exists() and log.stat().st_mtime >= since_s:
+                return _failure(log, run)
+        return None
+
+    def _has_study_page(self, complete: Iterable[str]) -> bool:
+        made = (self.output_dir / "index.html",)
+        return all(_none_older(made, manifest_path(self.output_dir, run)) for run in complete)
+
+
+def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
+    """The study that a configuration describes, checked.
+
+    Parameters
+    ----------
+    config : mapping
+        As Snakemake has it.
+    given : iterable of str
+        Keys that the caller gave, on the command line or in a file of their own.
+    clone : Path
+        Folder of the Snakefile.
+
+    Raises
+    ------
+    InputError
+        If there is no run to realign.
+    SettingsError
+        If the configuration has a key or value that is of no use.
+    """
+    schema = read_schema(clone / "config" / "config.schema.yaml")
+    config = with_types(config, schema)
+    check_config(config, schema)
+    config = with_absolute_paths(config, given, clone)
+    bids_dir = Path(config["bids_dir"])
+    return Study(
+        bids_dir=bids_dir,
+        output_dir=Path(config["output_dir"]),
+        stage_root=private_stage_root(Path(config["stage_root"])),
+        settings=settings_of(config),
+        runs={run.name: run for run in index_runs(bids_dir, filters_of(config))},
+        has_pages=config["pages"],
+    )
+
+
+def plan_study(study: Study) -> Plan:
+    """What is left to do; flags that a killed call left on it are removed.
+
+    Only flags that were there before a run was found wanting go: another call may be at work.
+    """
+    flags = list(study.flag_dir.glob("*.*"))
+    plan = study.make_plan()
+    stale = {
+        *(study.flag_path(run, "collected") for run in plan.runs),
+        *(study.flag_path(run, "paged") for run in (*plan.runs, *plan.pages)),
+        study.flag_path("study", "paged"),
+    }
+    for flag in stale.intersection(flags):
+        flag.unlink(missing_ok=True)
+    return plan
+
+
+def private_stage_root(shared: Path) -> Path:
+    """The user's own folder in a stage root that users share; where there is none, in $TMPDIR."""
+    root = shared if shared.is_dir() else Path(tempfile.gettempdir())
+    return root.absolute() / f"keepstill-{os.getuid()}"
+
+
+def claim_stage_root(stage_root: Path) -> None:
+    """Make the user's own stage root, closed to all others.
+
+    Raises
+    ------
+    StageError
+        If it cannot be made, or somebody else made it.
+    """
+    try:
+        stage_root.mkdir(mode=0o700, exist_ok=True)
+        status = stage_root.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise StageError(
+                f"stage root {stage_root}: belongs to user {status.st_uid}; "
+                "choose another stage_root"
+            )
+        if status.st_mode & 0o077:
+            stage_root.chmod(0o700)
+    except FileExistsError as error:
+        raise StageError(f"stage root {stage_root}: is no folder; remove it") from error
+    except PermissionError as error:
+        raise StageError(f"stage root {stage_root}: {error}; choose another stage_root") from error
+
+
+def clear_stage(study: Study) -> None:
+    """Remove what a study has staged, and the user's stage root if no other study is in it."""
+    from keepstill.stage import remove_stage
+
+    for run_dir in study.stage_dir.glob("*"):
+        remove_stage(run_dir)
+    for folder in (study.stage_dir, study.stage_root):
+        with contextlib.suppress(OSError):  # missing, or another study is at work there
+            folder.rmdir()
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: ``1 run``, ``2 runs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _none_older(made: Iterable[Path], source: Path) -> bool:
+    """Whether all made files are there and none is older than its source."""
+    try:
+        made_ns = source.stat().st_mtime_ns
+        return all(path.stat().st_mtime_ns >= made_ns for path in made)
+    except FileNotFoundError:
+        return False
+
+
+def _failure(log: Path, run: str) -> str | None:
+    """Why a log's job failed: its last error, else its last word; None if it did not fail."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if not lines or not lines[-1].startswith(EXIT_PREFIX):
+        return None
+    errors = [line for line in lines if line.startswith(ERROR_PREFIX)]
+    if errors:
+        return errors[-1].removeprefix(ERROR_PREFIX).removeprefix(f"{run}: ")
+    killed = [line for line in lines if line.startswith(KILLED_PREFIX)]
+    word = killed[-1].removeprefix(KILLED_PREFIX) if killed else ": ".join(lines[-2:])
+    return f"{word}; see {log}"

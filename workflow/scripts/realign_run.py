@@ -1,0 +1,33 @@
+"""Realign one staged run, as one rank of N: under N > 1 a launcher starts N of these."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from keepstill.ranks import n_threads_of, realign_staged, run_in_world
+from keepstill.realign import Crew
+from keepstill.settings import RealignSettings
+
+
+def main() -> None:
+    """Parse, then realign; a rank that fails ends all, with its own message."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage-dir", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--settings", required=True, metavar="JSON")
+    parser.add_argument("--ranks", required=True, type=int, metavar="N")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = RealignSettings.from_json(args.settings)
+    sys.exit(
+        run_in_world(
+            args.ranks,
+            lambda world: realign_staged(
+                args.stage_dir, settings, world, Crew(n_threads_of(world))
+            ),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

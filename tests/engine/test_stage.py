@@ -134,7 +134,7 @@ def terabytes(tmp_path):
         (missing, "cannot be read"),
         (broken_link, "datalad get"),
         (longer_than_its_header, "more than the"),
-        (terabytes, "free"),
+        (terabytes, "cannot hold them"),
     ],
 )
 def test_refused(make, words, tmp_path):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from keepstill.errors import KeepstillError
+from keepstill.settings import RealignSettings
 from keepstill.stage import stage_run
 
 
@@ -16,11 +17,13 @@ def main() -> None:
     parser.add_argument("--run", required=True, metavar="NAME")
     parser.add_argument("--bids-dir", default="", metavar="DIR", help="empty: no data set")
     parser.add_argument("--stage-dir", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--settings", required=True, metavar="JSON")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bids_dir = Path(args.bids_dir) if args.bids_dir else None
     try:
-        stage_run(args.bold, args.run, bids_dir, args.stage_dir)
+        settings = RealignSettings.from_json(args.settings)
+        stage_run(args.bold, args.run, bids_dir, args.stage_dir, settings)
     except KeepstillError as error:
         print(f"keepstill: {error}", file=sys.stderr)
         sys.exit(2)

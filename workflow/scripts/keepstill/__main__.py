@@ -70,6 +70,26 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-reslice", action="store_true", help="write transforms and tables only"
     )
     parser.add_argument(
+        "--affine-source",
+        choices=("auto", "sform", "qform"),
+        default=default.affine_source,
+        help="which of the header's affines is true (default: %(default)s: the sform if it has a "
+        "code; two that disagree are refused)",
+    )
+    parser.add_argument(
+        "--dummy-scans",
+        type=_dummy_scans,
+        default=default.dummy_scans,
+        metavar="auto|N",
+        help="first volumes before the signal is steady: flagged, never the reference "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--in-plane",
+        action="store_true",
+        help="motion within the slice plane only; one slice will do",
+    )
+    parser.add_argument(
         "--threads", type=int, metavar="N", help="threads a rank (default: its affinity mask)"
     )
     parser.add_argument(
@@ -81,6 +101,10 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _dummy_scans(text: str) -> str | int:
+    return text if text == "auto" else int(text)
+
+
 def _realign(args: argparse.Namespace) -> int:
     from keepstill.ranks import run_in_world
 
@@ -89,6 +113,9 @@ def _realign(args: argparse.Namespace) -> int:
         interpolation_degree=args.interpolation_degree,
         reslice=not args.no_reslice,
         output_dtype=args.dtype,
+        affine_source=args.affine_source,
+        dummy_scans=args.dummy_scans,
+        in_plane=args.in_plane,
     )
     return run_in_world(None, lambda world: _realign_in_world(args, settings, world))
 
@@ -108,7 +135,7 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     try:
         if world.rank == 0:
             stage_dir = open_private_dir(args.stage_root)
-            stage_run(args.bold, run, None, stage_dir)
+            stage_run(args.bold, run, None, stage_dir, settings)
         here: Path = world.bcast(stage_dir)
         with _progress(run, world, n_threads) as on_volume:
             realign_staged(here, settings, world, Crew(n_threads, on_volume))

@@ -14,6 +14,7 @@ from keepstill import __version__, figures, geometry, write
 from keepstill.bids import derivative_name
 from keepstill.errors import OutputError
 from keepstill.files import put_file
+from keepstill.kernels.components import dilated
 from keepstill.manifest import (
     Manifest,
     Stamp,
@@ -60,6 +61,9 @@ class Realigned:
         World mm from voxel of the reference.
     series : (n, nz, ny, nx) float32 or None
         The realigned volumes, mapped; None where only transforms are wanted.
+    missing : (nz, ny, nx) bool or None
+        Voxels of the run's grid that are no number in some volume.
+    warnings : tuple of str
     """
 
     run: StagedRun
@@ -69,6 +73,8 @@ class Realigned:
     reference: NDArray[np.float32]
     affine: NDArray[np.float64]
     series: NDArray[np.float32] | None
+    missing: NDArray[np.bool_] | None
+    warnings: tuple[str, ...]
 
 
 def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
@@ -79,6 +85,13 @@ def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
     reference = arrays.pop("reference")
     shape = (run.n_volumes, *reference.shape)
     series = np.memmap(run.realigned_path, np.float32, "r", 0, shape) if settings.reslice else None
+    missing, n_missing = arrays.pop("missing"), int(arrays.pop("n_missing"))
+    warnings = list(run.found["warnings"])
+    if n_missing:
+        warnings.append(
+            f"{run.run}: {n_missing} values, in {int(missing.sum())} voxels, are no numbers; they "
+            "were filled from their neighbours and are left out of the figures"
+        )
     return Realigned(
         run=run,
         settings=settings,
@@ -87,6 +100,8 @@ def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
         per_volume=arrays,
         reference=reference,
         series=series,
+        missing=missing if n_missing else None,
+        warnings=tuple(warnings),
     )
 
 
@@ -131,7 +146,7 @@ def collect_run(
             settings=settings,
             outputs=describe_outputs(output_dir, paths),
             summary=summary,
-            warnings=tuple(found["warnings"]),
+            warnings=result.warnings,
         )
         if found["folder"]:
             stamp = Stamp(**found["input"]["stamp"])
@@ -215,7 +230,10 @@ def _covered(result: Realigned) -> NDArray[np.bool_]:
     layout = result.run.layout
     nz, ny, nx = result.reference.shape
     grid = layout.affine, (layout.shape[0], layout.shape[1], layout.shape[2])
-    return coverage(result.moving_from_reference[good], grid, result.affine, (nz, ny, nx))
+    covered = coverage(result.moving_from_reference[good], grid, result.affine, (nz, ny, nx))
+    if result.missing is not None and result.missing.shape == covered.shape:
+        covered &= ~dilated(result.missing, 1)
+    return covered
 
 
 def _blank_failed(status: NDArray[Any], columns: Iterable[NDArray[np.float64]]) -> None:
@@ -238,7 +256,7 @@ def _summary(
     outlier = (fd_mm > settings.fd_outlier_mm) | (std_dvars > settings.std_dvars_outlier)
     return {
         "n_volumes": result.run.n_volumes,
-        "tr_s": _number(result.run.found["tr_s"]),
+        "tr_s": None if result.run.found["tr_s"] is None else _number(result.run.found["tr_s"]),
         "mean_fd_mm": _mean(fd_mm),
         "max_fd_mm": _number(np.nanmax(fd_mm)) if np.isfinite(fd_mm).any() else None,
         "n_outliers": int(outlier.sum()),
@@ -312,7 +330,7 @@ def _write_series(result: Realigned, path: Path, n_threads: int) -> None:
     shape = series.shape[::-1]
     dtype = result.settings.output_dtype
     header = made_header(result.run.layout.header, result.affine, shape, dtype)
-    header["pixdim"][4] = result.run.found["tr_s"]
+    header["pixdim"][4] = result.run.found["tr_s"] or 0
     _set_seconds(header)
     if dtype == "int16":
         slope, inter = write.int16_scaling(series)
@@ -324,9 +342,8 @@ def _write_series(result: Realigned, path: Path, n_threads: int) -> None:
 
 
 def _set_seconds(header: Any) -> None:
-    """The repetition time is written in seconds, whatever unit the run came with."""
-    space = header.get_xyzt_units()[0]
-    header.set_xyzt_units(xyz=space if space != "unknown" else "mm", t="sec")
+    """Lengths are mm and the repetition time is in seconds, whatever unit the run came with."""
+    header.set_xyzt_units(xyz="mm", t="sec")
 
 
 def _sidecar(path: Path, values: dict[str, Any]) -> Path:
@@ -352,15 +369,12 @@ def _bold_json(result: Realigned) -> dict[str, Any]:
         for name, value in result.run.found["metadata"].items()
         if name not in _NOT_CARRIED_OVER
     }
-    return (
-        carried
-        | _provenance(result)
-        | {
-            "RepetitionTime": result.run.found["tr_s"],
-            "SkullStripped": False,
-            "OutsideFieldOfView": 0,
-        }
-    )
+    made = {"SkullStripped": False, "OutsideFieldOfView": 0}
+    if result.run.found["tr_s"] is not None:
+        made["RepetitionTime"] = result.run.found["tr_s"]
+    if result.run.n_dummy:
+        made["NumberOfVolumesNotSteady"] = result.run.n_dummy
+    return carried | _provenance(result) | made
 
 
 def _transforms_json(result: Realigned) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from keepstill import geometry
 from keepstill.kernels.bspline import PAD_LOW, PAD_ROW, POLES, fill_coefficients, tap_slots
-from keepstill.kernels.small import solution
+from keepstill.kernels.small import product, solution
 from keepstill.kernels.sums import Moving, step_sums
 from keepstill.reference import Level, Reference
 from keepstill.settings import EstimateSettings
@@ -139,13 +139,14 @@ def estimate_motion(
 
 def _frames(
     moving_affine: NDArray[np.float64], reference: Reference
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Moving voxel <- centred world, and centred world <- reference voxel."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Moving voxel <- centred world, centred world <- reference voxel, and the steps' basis."""
     from_centre = geometry.translation(reference.centre_mm)
     to_centre = geometry.translation(-reference.centre_mm)
     return (
         geometry.compose(geometry.inverse(moving_affine), from_centre),
         geometry.compose(to_centre, reference.affine),
+        reference.basis,
     )
 
 
@@ -153,11 +154,12 @@ def _iterate(
     fit: _Fit,
     level: Level,
     moving: Moving,
-    frames: tuple[NDArray[np.float64], NDArray[np.float64]],
+    frames: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
     limits: tuple[float, int],
 ) -> None:
     """Take steps on one level until they are small (mm), too many, or lead nowhere."""
     tolerance_mm, most_iterations = limits
+    basis = frames[2]
     n_points = int(level.points.rows[:, 3].sum())
     fit.step_mm = np.inf
     while fit.step_mm > tolerance_mm and fit.iterations < most_iterations:
@@ -165,7 +167,7 @@ def _iterate(
         right, outside, fit.squares, fit.n_inside = step_sums(
             level.points, moving, voxel_from_point, fit.scale
         )
-        step, regular = solution(level.normal - outside, right[:, None])
+        step, regular = _step(level.normal - outside, right, basis)
         fit.overlap = fit.n_inside / n_points
         fit.iterations += 1
         if not _is_sensible(step, regular, fit.overlap):
@@ -179,6 +181,17 @@ def _iterate(
         if not _SCALE_RANGE[0] < fit.scale < _SCALE_RANGE[1]:
             fit.lost = True
             return
+
+
+def _step(
+    normal: NDArray[np.float64], right: NDArray[np.float64], basis: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], bool]:
+    """Step (7, 1) with normal @ step = right, among those that the basis allows."""
+    onto = np.ascontiguousarray(basis.T)
+    reduced, regular = solution(
+        product(onto, product(normal, basis)), product(onto, right.reshape(-1, 1))
+    )
+    return product(basis, reduced), regular
 
 
 def _is_sensible(step: NDArray[np.float64], regular: bool, overlap: float) -> bool:

@@ -183,7 +183,8 @@ def series_figures(before: Series, after: Series, mask: NDArray[np.bool_]) -> Se
     squares, n_voxels, sd_sum = np.zeros(n - 1), 0, 0.0
     median = _masked_median(after, mask)
     scale = np.float32(_SCALED_MEDIAN / median) if median > 0 else np.float32(1)
-    moments: dict[str, list[NDArray[np.float64]]] = {"before": [], "after": []}
+    nothing = np.zeros((2, 0))
+    moments: dict[str, list[NDArray[np.float64]]] = {"before": [nothing], "after": [nothing]}
     for block_before, block in zip(_blocks(before, mask), _blocks(after, mask), strict=True):
         moments["before"].append(_detrended_moments(block_before))
         moments["after"].append(_detrended_moments(block))

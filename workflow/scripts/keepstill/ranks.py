@@ -15,14 +15,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from keepstill.errors import InputError, KeepstillError, LaunchError
-from keepstill.estimate import Estimate
 from keepstill.files import put_private
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
+    Part,
     Target,
     choose_target,
     mean_target,
+    merged,
     realign_volumes,
 )
 from keepstill.settings import RealignSettings
@@ -161,33 +162,27 @@ def realign_staged(
     """
     run = open_staged(stage_dir)
     target = choose_target(run, settings)
-    estimates = _realign_all(run, target, settings, world, crew)
+    found = _realign_all(run, target, settings, world, crew)
     if settings.reference == "mean":
-        target = mean_target(run, target, estimates, settings)
-        estimates = _realign_all(run, target, settings, world, crew)
+        target = mean_target(run, target, list(found.estimates.values()), settings)
+        found = _realign_all(run, target, settings, world, crew)
     if world.rank == 0:
-        _refuse_if_none(run, estimates)
-        _save(stage_dir, target, estimates)
+        _refuse_if_none(run, found)
+        _save(stage_dir, target, found)
     world.bcast(None)  # nobody leaves before the result is there
 
 
 def _realign_all(
-    run: StagedRun,
-    target: Target,
-    settings: RealignSettings,
-    world: Alone | World,
-    crew: Crew,
-) -> list[Estimate]:
+    run: StagedRun, target: Target, settings: RealignSettings, world: Alone | World, crew: Crew
+) -> Part:
     mine = share(run.n_volumes, world.size, world.rank)
-    gathered = world.gather(realign_volumes(run, target, mine, settings, crew))
-    merged: dict[int, Estimate] = {}
-    for part in gathered or []:
-        merged |= part
-    estimates: list[Estimate] = world.bcast([merged[t] for t in sorted(merged)])
-    return estimates
+    parts = world.gather(realign_volumes(run, target, mine, settings, crew))
+    found: Part = world.bcast(merged(parts or []))
+    return found
 
 
-def _refuse_if_none(run: StagedRun, estimates: list[Estimate]) -> None:
+def _refuse_if_none(run: StagedRun, found: Part) -> None:
+    estimates = found.estimates.values()
     if all(estimate.status in ("failed", "reference") for estimate in estimates):
         raise InputError(
             f"{run.run}: none of {len(estimates)} volumes could be realigned; look at the run, "
@@ -195,7 +190,10 @@ def _refuse_if_none(run: StagedRun, estimates: list[Estimate]) -> None:
         )
 
 
-def _save(stage_dir: Path, target: Target, estimates: list[Estimate]) -> None:
+def _save(stage_dir: Path, target: Target, found: Part) -> None:
+    estimates = list(found.estimates.values())
+    reference = target.reference
+    missing = np.zeros((0, 0, 0), np.bool_) if found.missing is None else found.missing
     saved = io.BytesIO()
     np.savez(
         saved,
@@ -205,7 +203,9 @@ def _save(stage_dir: Path, target: Target, estimates: list[Estimate]) -> None:
         cost=np.array([e.cost for e in estimates]),
         overlap=np.array([e.overlap for e in estimates]),
         scale=np.array([e.scale for e in estimates]),
-        reference=target.reference.volume,
-        affine=target.reference.affine,
+        reference=reference.volume,
+        affine=reference.affine,
+        missing=missing,
+        n_missing=found.n_missing,
     )
     put_private(stage_dir / MOTION, saved.getvalue())

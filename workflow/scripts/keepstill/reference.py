@@ -11,10 +11,10 @@ from keepstill.kernels.bspline import PAD_LOW, PAD_ROW, POLES, fill_coefficients
 from keepstill.kernels.sums import N_COLUMNS, SUM_LANES, Points, normal_matrix
 from keepstill.masks import head_mask
 from keepstill.settings import EstimateSettings
+from keepstill.smooth import lowpass, valid_filtered
 
 Volume = NDArray[np.float32]
 
-_FWHM_PER_SD = 2.3548200450309493
 # Value and slope of the quintic B-spline at -2 ... 2: the derivative of a spline at grid points.
 _QUINTIC_VALUE = (1 / 120, 26 / 120, 66 / 120, 26 / 120, 1 / 120)
 _QUINTIC_SLOPE = (-1 / 24, -10 / 24, 0.0, 10 / 24, 1 / 24)
@@ -46,8 +46,9 @@ class Reference:
         World point that steps turn about: the middle of the sampling points.
     coarse, fine : Level
         Every fourth row of the sampling points, and all of them.
-    n_points : int
-        Number of sampling points of `fine`.
+    basis : (7, m) float64
+        Steps that are allowed, as combinations of shifts, rotations and intensity: all seven,
+        or within the slice plane two shifts, one rotation and intensity.
     mean_intensity : float
         Mean of the reference over the sampling points.
     """
@@ -57,12 +58,15 @@ class Reference:
     centre_mm: NDArray[np.float64]
     coarse: Level
     fine: Level
-    n_points: int
+    basis: NDArray[np.float64]
     mean_intensity: float
 
 
 def prepare_reference(
-    volume: Volume, affine: NDArray[np.float64], settings: EstimateSettings
+    volume: Volume,
+    affine: NDArray[np.float64],
+    settings: EstimateSettings,
+    in_plane: bool = False,
 ) -> Reference:
     """Sampling points, Jacobians and normal matrices of a reference volume.
 
@@ -73,6 +77,8 @@ def prepare_reference(
     affine : (4, 4) float64
         World mm (RAS+) from voxel (x, y, z).
     settings : EstimateSettings
+    in_plane : bool
+        Whether steps are held to the plane of the grid's first two axes.
 
     Raises
     ------
@@ -99,20 +105,9 @@ def prepare_reference(
         centre_mm=centre_mm,
         coarse=levels[0],
         fine=levels[1],
-        n_points=int(rows[:, 3].sum()),
+        basis=_in_plane_basis(affine) if in_plane else np.eye(N_COLUMNS),
         mean_intensity=float(volume[points_mask].mean(dtype=np.float64)),
     )
-
-
-def lowpass(volume: Volume, fwhm_voxels: float) -> Volume:
-    """Gaussian low-pass, width in voxels along every axis, mirrored borders; (nz, ny, nx)."""
-    sd = fwhm_voxels / _FWHM_PER_SD
-    reach = int(np.ceil(3.5 * sd))
-    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sd) ** 2)
-    taps /= taps.sum()
-    for axis in range(3):
-        volume = _filtered(volume, [float(t) for t in taps], axis)
-    return volume
 
 
 def world_gradient(volume: Volume, affine: NDArray[np.float64]) -> list[Volume]:
@@ -126,7 +121,7 @@ def world_gradient(volume: Volume, affine: NDArray[np.float64]) -> list[Volume]:
         part = coefficients
         for axis in range(3):
             taps = _QUINTIC_SLOPE if axis == slope_axis else _QUINTIC_VALUE
-            part = _valid_filtered(part, taps, axis)
+            part = valid_filtered(part, taps, axis)
         by_voxel.append(part)
     voxel_from_world = geometry.inverse(affine)
     to_world = voxel_from_world.astype(np.float32)
@@ -136,24 +131,12 @@ def world_gradient(volume: Volume, affine: NDArray[np.float64]) -> list[Volume]:
     ]
 
 
-def _filtered(volume: Volume, taps: list[float], axis: int) -> Volume:
-    reach = len(taps) // 2
-    width = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
-    mode = "reflect" if volume.shape[axis] > reach else "edge"
-    return _valid_filtered(np.pad(volume, width, mode=mode), taps, axis)  # type: ignore[call-overload]
-
-
-def _valid_filtered(volume: Volume, taps: list[float] | tuple[float, ...], axis: int) -> Volume:
-    """Sum of shifted copies, where all of them overlap: the axis loses len(taps) - 1."""
-    n = volume.shape[axis] - len(taps) + 1
-    out = None
-    for i, tap in enumerate(taps):
-        index = [slice(None)] * 3
-        index[axis] = slice(i, i + n)
-        term = volume[tuple(index)] * np.float32(tap)
-        out = term if out is None else out + term
-    assert out is not None
-    return out
+def _in_plane_basis(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Steps (7, 4) along the grid's x and y, about its z, and of intensity."""
+    axes = affine[:3, :3] / geometry.voxel_sizes_mm(affine)
+    basis = np.zeros((N_COLUMNS, 4))
+    basis[0:3, 0], basis[0:3, 1], basis[3:6, 2], basis[6, 3] = *axes[:, :2].T, axes[:, 2], 1.0
+    return basis
 
 
 def _without_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from isal import isal_zlib
+from numpy.typing import NDArray
 
 from keepstill.bids import (
     bids_uri,
@@ -28,20 +29,33 @@ from keepstill.bids import (
 from keepstill.errors import InputError, StageError
 from keepstill.files import put_private
 from keepstill.manifest import stamp_of
-from keepstill.nifti import HEADER_BYTES, Layout, check_run_shape, parse_layout
+from keepstill.nifti import HEADER_BYTES, Layout, check_run_shape, check_units, parse_layout
+from keepstill.settings import RealignSettings
+from keepstill.survey import check_signal, count_dummies
 
 STAGED = "staged.json"
 STAGED_VOXELS = "bold.nii"
 REALIGNED_VOXELS = "realigned.raw"
 MOTION = "motion.npz"
+DEFAULTS = RealignSettings()
 _CHUNK_BYTES = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 _TR_TOLERANCE_S = 1e-3
+# A longer repetition time is milliseconds under a header that says seconds.
+_LONGEST_TR_S = 100.0
+# Deflate cannot do better than this (1032), so a header that promises more is wrong.
+_MOST_GZIP_RATIO = 1040
 
 _log = logging.getLogger(__name__)
 
 
-def stage_run(source: Path, run: str, bids_dir: Path | None, stage_dir: Path) -> None:
+def stage_run(
+    source: Path,
+    run: str,
+    bids_dir: Path | None,
+    stage_dir: Path,
+    settings: RealignSettings = DEFAULTS,
+) -> None:
     """Bring a run into its stage directory and say what was found.
 
     Makes ``bold.nii`` (uncompressed), ``realigned.raw`` (room for the result) and, last,
@@ -59,6 +73,8 @@ def stage_run(source: Path, run: str, bids_dir: Path | None, stage_dir: Path) ->
         If None they lie flat, and sidecars are looked for in the data set above the file, if any.
     stage_dir : Path
         The run's own folder; made if need be, for this user alone.
+    settings : RealignSettings
+        Which affine counts, dummy volumes, single slices.
 
     Raises
     ------
@@ -74,16 +90,21 @@ def stage_run(source: Path, run: str, bids_dir: Path | None, stage_dir: Path) ->
     metadata = sidecar_metadata(source, bids_dir)
     stamp = _checked_stamp(source, run)
     chunks = _Chunks(source, run)
-    layout = parse_layout(chunks.peek(HEADER_BYTES), run)
-    check_run_shape(layout, run)
+    layout = parse_layout(chunks.peek(HEADER_BYTES), run, settings.affine_source)
+    check_run_shape(layout, run, settings.in_plane)
+    warnings = check_units(layout, run)
+    _refuse_impossible_size(layout, stamp.bytes, run)
     voxels_dir = _reserve(stage_dir, layout, run)
     try:
         _write_voxels(chunks, voxels_dir / STAGED_VOXELS, layout, run)
-        _check_signal(voxels_dir / STAGED_VOXELS, layout, run)
-        tr_s, warnings = _repetition_time(layout, metadata, run)
+        volumes = map_volumes(voxels_dir / STAGED_VOXELS, layout)
+        warnings += check_signal(volumes, run)
+        n_dummy = _dummy_volumes(volumes, settings, run)
+        tr_s, odd = _repetition_time(layout, metadata, run)
     except BaseException:
         _clear(voxels_dir)
         raise
+    warnings += odd
     for warning in warnings:
         _log.warning("%s", warning)
     found = {
@@ -96,6 +117,8 @@ def stage_run(source: Path, run: str, bids_dir: Path | None, stage_dir: Path) ->
         "metadata": metadata,
         "tr_s": tr_s,
         "warnings": warnings,
+        "n_dummy": n_dummy,
+        "affine_source": settings.affine_source,
         "voxels_dir": str(voxels_dir),
     }
     put_private(stage_dir / STAGED, json.dumps(found).encode())
@@ -281,32 +304,60 @@ def _write_voxels(chunks: _Chunks, path: Path, layout: Layout, run: str) -> None
         )
 
 
-def _check_signal(path: Path, layout: Layout, run: str) -> None:
-    """Refuse a run in which no volume shows anything; most runs end the search at the first."""
-    volumes = np.memmap(path, layout.dtype, "r", layout.offset, layout.shape[::-1])
-    any_finite = False
-    for volume in volumes:
-        finite = volume[np.isfinite(volume)] if layout.dtype.kind == "f" else volume
-        any_finite = any_finite or finite.size > 0
-        if finite.size and finite.min() != finite.max():
-            return
-    what = "every voxel has one and the same value" if any_finite else "no voxel is a number (NaN)"
-    raise InputError(f"{run}: {what} in all {len(volumes)} volumes; export the run again")
+def map_volumes(path: Path, layout: Layout) -> NDArray[Any]:
+    """Volumes of a staged run, (n, nz, ny, nx) as stored, mapped."""
+    return np.memmap(path, layout.dtype, "r", layout.offset, layout.shape[::-1])
 
 
-def _repetition_time(layout: Layout, metadata: dict[str, Any], run: str) -> tuple[float, list[str]]:
+def _refuse_impossible_size(layout: Layout, n_file_bytes: int, run: str) -> None:
+    """Refuse a header that promises more than the file can hold, before taking room for it."""
+    if layout.n_bytes > n_file_bytes * _MOST_GZIP_RATIO:
+        raise InputError(
+            f"{run}: the header promises {layout.n_bytes} bytes (axes {layout.shape}), a file of "
+            f"{n_file_bytes} bytes cannot hold them; the header is damaged or the file truncated"
+        )
+
+
+def _dummy_volumes(volumes: NDArray[Any], settings: RealignSettings, run: str) -> int:
+    if settings.dummy_scans == "auto":
+        return count_dummies(volumes)
+    n_dummy = int(settings.dummy_scans)
+    if n_dummy > len(volumes) - 2:
+        raise InputError(
+            f"{run}: dummy_scans {n_dummy} of {len(volumes)} volumes; at least 2 must remain"
+        )
+    return n_dummy
+
+
+def _repetition_time(
+    layout: Layout, metadata: dict[str, Any], run: str
+) -> tuple[float | None, list[str]]:
     """Repetition time in seconds, the sidecar's if it has one, and what is odd about it."""
-    header_tr_s = layout.header_tr_s
+    header_tr_s, warnings = _header_repetition_time(layout, run)
     given = metadata.get("RepetitionTime")
     if given is None:
-        return header_tr_s, [
-            f"{run}: no RepetitionTime in a sidecar; the header's {header_tr_s:g} s is taken"
-        ]
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < 1e4:
+        if header_tr_s is None:
+            return None, [f"{run}: no repetition time in sidecar or header; outputs have none"]
+        taken = f"{run}: no RepetitionTime in a sidecar; the header's {header_tr_s:g} s is taken"
+        return header_tr_s, [*warnings, taken]
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < 1e3:
         raise InputError(f"{run}: RepetitionTime {given!r} in the sidecar; needs seconds")
-    if abs(header_tr_s - given) > _TR_TOLERANCE_S:
+    if header_tr_s is None or abs(header_tr_s - given) > _TR_TOLERANCE_S:
+        shown = "none" if header_tr_s is None else f"{header_tr_s:g} s"
         return float(given), [
-            f"{run}: repetition time {header_tr_s:g} s in the header, {given:g} s in the sidecar; "
+            f"{run}: repetition time {shown} in the header, {given:g} s in the sidecar; "
             "the sidecar's is taken"
         ]
     return float(given), []
+
+
+def _header_repetition_time(layout: Layout, run: str) -> tuple[float | None, list[str]]:
+    """Repetition time by the header, and a warning where its unit cannot be right."""
+    tr_s = layout.header_tr_s
+    if not np.isfinite(tr_s) or tr_s <= 0:
+        return None, []
+    if tr_s < _LONGEST_TR_S:
+        return tr_s, []
+    return tr_s / 1000, [
+        f"{run}: a repetition time of {tr_s:g} s in the header must be milliseconds"
+    ]

@@ -52,7 +52,7 @@ def test_every_key_is_explained() -> None:
     ("changed", "words"),
     [
         ({"participant": ["01"]}, "'participant' is unknown; did you mean participants?"),
-        ({"zzz": 1}, "'zzz' is unknown; known: bids_dir"),
+        ({"zzz": 1}, "'zzz' is unknown; known: affine_source"),
         ({"estimate": {"degre": 3}}, "estimate: 'degre' is unknown; did you mean degree?"),
         ({"interpolation_degree": 9}, "interpolation_degree: 9 found; needs a whole number from 1"),
         ({"interpolation_degree": 2.5}, "interpolation_degree: 2.5 found"),

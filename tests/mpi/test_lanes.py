@@ -378,7 +378,8 @@ def test_missing_command_is_one_line_and_exit_2(socket_name, start):
     _, errors = child.communicate()
     assert child.returncode == 2
     assert errors == (
-        "keepstill: sub-01_task-rest: no-such-mpirun: no such command; needs to be installed and on PATH\n"
+        "keepstill: sub-01_task-rest: no-such-mpirun: no such command; "
+        "needs to be installed and on PATH\n"
     )
 
 

@@ -166,7 +166,7 @@ def _affine(
 def _qform(header: Any) -> NDArray[np.float64]:
     try:
         return np.asarray(header.get_qform(), dtype=np.float64)
-    except ValueError:  # the quaternion of a damaged header has no real part
+    except (ValueError, HeaderDataError):  # a quaternion or pixdim that no header can have
         return np.full((4, 4), np.nan)
 
 
@@ -182,6 +182,8 @@ def _refuse_disagreement(
         ],
         dtype=np.float64,
     )
+    if not np.isfinite(qform).all():
+        raise InputError(f"{run}: the qform is damaged; set affine_source: sform to do without it")
     apart_mm = float(np.sqrt((((sform - qform) @ corners.T)[:3] ** 2).sum(axis=0)).max())
     if not apart_mm <= _POSITION_TOLERANCE_MM:
         raise InputError(

@@ -10,6 +10,7 @@ import pytest
 
 import phantom
 import runs
+from inputs import edited, small
 from keepstill import survey
 from keepstill.__main__ import main
 from keepstill.errors import InputError
@@ -48,20 +49,6 @@ def column(tmp_path, name):
     (path,) = (tmp_path / "out").glob("*_timeseries.tsv")
     rows = [line.split("\t") for line in path.read_text().splitlines()]
     return [row[rows[0].index(name)] for row in rows[1:]]
-
-
-def edited(path, **fields):
-    """Change header fields of an uncompressed NIfTI-1 file in place."""
-    content = bytearray(path.read_bytes())
-    header = nib.Nifti1Header(bytes(content[:348]), check=False)
-    for name, value in fields.items():
-        header[name] = value
-    path.write_bytes(header.binaryblock + bytes(content[348:]))
-    return path
-
-
-def small(tmp_path, **options):
-    return runs.write_run(tmp_path / "a_bold.nii", runs.ball_run(4), **options)
 
 
 # --- headers ---

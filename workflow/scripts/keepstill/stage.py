@@ -218,7 +218,7 @@ def _checked_stamp(source: Path, run: str) -> Any:
     if source.is_symlink() and not source.exists():
         raise InputError(
             f"{run}: {source} is a link to a file that is not there; fetch it "
-            f"(`datalad get {source.name}`) or mend the link"
+            f"(datalad get {source.name}) or mend the link"
         )
     try:
         stamp = stamp_of(source)

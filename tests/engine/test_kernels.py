@@ -110,7 +110,9 @@ def test_step_sums_and_normal_matrix():
     np.testing.assert_allclose(reference.fine.normal, naive.normal_matrix(points), rtol=1e-9)
     moving = prepare_moving(volume, 3, new_coefficients(volume.shape))
     matrix = moved(7, size=0.1, shift=2.0)
-    found = sums.step_sums(points, moving, matrix, 1.1)
+    spans = np.column_stack([0 * points.rows[:, 3], points.rows[:, 3]])
+    found = sums.step_sums(points, moving, matrix, 1.1, spans)
+    assert (spans[:, 1] - spans[:, 0]).sum() == found[3]
     expected = naive.step_sums(points, naive.fill_coefficients(volume, 3), 3, matrix, 1.1)
     assert found[3] == expected[3]
     assert 0 < expected[3] < points.rows[:, 3].sum()  # some points are outside

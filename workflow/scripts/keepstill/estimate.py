@@ -22,6 +22,9 @@ from keepstill.settings import EstimateSettings
 
 # The coarse level hands over to the fine one at this step: its own noise is larger.
 _COARSE_TOLERANCE_MM = 0.02
+# After so many steps on a level, a point that has left the field of view stays out: points that
+# come and go with every step, in a run of few slices, can keep a fit from ever settling.
+_STEPS_WITH_FREE_FIELD = 8
 # A smaller part of the points than this in the field says nothing any more.
 _LEAST_OVERLAP = 0.1
 # A scan's intensity scale; beyond it the fit has left the head.
@@ -161,11 +164,16 @@ def _iterate(
     tolerance_mm, most_iterations = limits
     basis = frames[2]
     n_points = int(level.points.rows[:, 3].sum())
+    spans = np.zeros((len(level.points.rows), 2), np.int64)
     fit.step_mm = np.inf
-    while fit.step_mm > tolerance_mm and fit.iterations < most_iterations:
+    for n_steps in range(most_iterations):
+        if fit.step_mm <= tolerance_mm:
+            return
+        if n_steps < _STEPS_WITH_FREE_FIELD:
+            spans[:, 0], spans[:, 1] = 0, level.points.rows[:, 3]
         voxel_from_point = geometry.compose(frames[0], fit.matrix, frames[1])
         right, outside, fit.squares, fit.n_inside = step_sums(
-            level.points, moving, voxel_from_point, fit.scale
+            level.points, moving, voxel_from_point, fit.scale, spans
         )
         step, regular = _step(level.normal - outside, right, basis)
         fit.overlap = fit.n_inside / n_points

@@ -71,7 +71,11 @@ def normal_matrix(points: Points) -> NDArray[np.float64]:
 
 @njit(cache=True, nogil=True)
 def step_sums(
-    points: Points, moving: Moving, voxel_from_point: NDArray[np.float64], scale: float
+    points: Points,
+    moving: Moving,
+    voxel_from_point: NDArray[np.float64],
+    scale: float,
+    spans: NDArray[np.int64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float, int]:
     """What one Gauss-Newton step needs, over the points inside the moving field of view.
 
@@ -82,6 +86,9 @@ def step_sums(
         Voxel (x, y, z) of the reference -> voxel of the moving volume.
     scale : float
         Factor that brings the moving volume's intensity to the reference's.
+    spans : (n_rows, 2) int64
+        First and one past the last point of each row that may count; narrowed, in place, to
+        those inside the field of view.
 
     Returns
     -------
@@ -109,6 +116,10 @@ def step_sums(
         for axis in range(3):
             start[axis] = m[axis, 3] + x * m[axis, 0] + y * m[axis, 1] + z * m[axis, 2]
         low, high = inside_span(start, step, n, moving.shape)
+        low, high = max(low, spans[r, 0]), min(high, spans[r, 1])
+        if high < low:
+            low = high = 0
+        spans[r, 0], spans[r, 1] = low, high
         _add_outer(outside, points, first, first + low)
         _add_outer(outside, points, first + high, first + n)
         if high == low:

@@ -27,6 +27,9 @@ _COARSE_TOLERANCE_MM = 0.02
 _STEPS_WITH_FREE_FIELD = 8
 # A smaller part of the points than this in the field says nothing any more.
 _LEAST_OVERLAP = 0.1
+# A fit that leaves more of the reference's variance than this unexplained has found something
+# else than the head, or a head that moved while it was scanned.
+_MOST_UNEXPLAINED = 0.5
 # A scan's intensity scale; beyond it the fit has left the head.
 _SCALE_RANGE = (0.1, 10.0)
 
@@ -126,15 +129,17 @@ def estimate_motion(
     _iterate(fit, reference.coarse, moving, frames, (_COARSE_TOLERANCE_MM, n_most))
     if not fit.lost:
         _iterate(fit, reference.fine, moving, frames, (settings.tolerance_mm, n_most))
-    converged = fit.step_mm <= settings.tolerance_mm
-    good = converged and not fit.lost and fit.overlap >= settings.min_overlap
+    rms = float(np.sqrt(fit.squares / max(fit.n_inside, 1)))
+    converged = fit.step_mm <= settings.tolerance_mm and not fit.lost
+    fits = rms**2 <= _MOST_UNEXPLAINED * reference.sd_intensity**2
+    good = converged and fits and fit.overlap >= settings.min_overlap
     to_centre = geometry.translation(-reference.centre_mm)
     from_centre = geometry.translation(reference.centre_mm)
     return Estimate(
         moving_from_reference=geometry.compose(from_centre, fit.matrix, to_centre),
         status="ok" if good else "failed",
         iterations=fit.iterations,
-        cost=np.sqrt(fit.squares / max(fit.n_inside, 1)) / reference.mean_intensity,
+        cost=rms / reference.mean_intensity,
         overlap=fit.overlap,
         scale=fit.scale,
     )

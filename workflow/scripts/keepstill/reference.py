@@ -49,8 +49,8 @@ class Reference:
     basis : (7, m) float64
         Steps that are allowed, as combinations of shifts, rotations and intensity: all seven,
         or within the slice plane two shifts, one rotation and intensity.
-    mean_intensity : float
-        Mean of the reference over the sampling points.
+    mean_intensity, sd_intensity : float
+        Mean and standard deviation of the reference over the sampling points.
     """
 
     volume: Volume
@@ -60,6 +60,7 @@ class Reference:
     fine: Level
     basis: NDArray[np.float64]
     mean_intensity: float
+    sd_intensity: float
 
 
 def prepare_reference(
@@ -107,6 +108,7 @@ def prepare_reference(
         fine=levels[1],
         basis=_in_plane_basis(affine) if in_plane else np.eye(N_COLUMNS),
         mean_intensity=float(volume[points_mask].mean(dtype=np.float64)),
+        sd_intensity=float(volume[points_mask].std(dtype=np.float64)),
     )
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("estimate", "reslice", "figures", "write"),
     ("collect", "report"),
     ("realign",),
-    ("ranks", "warm"),
+    ("ranks", "warm", "progress"),
     ("config",),
     ("study",),
     ("__main__",),

@@ -186,7 +186,7 @@ def test_output_directory_that_cannot_be_made(tmp_path, capsys):
         main(["realign", str(source), "--out", str(tmp_path / "out")])
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert "a: cannot write below" in error and "Traceback" not in error
+    assert "a: cannot write to" in error and "Traceback" not in error
 
 
 def test_real_runs_lose_temporal_variance(study, tmp_path):

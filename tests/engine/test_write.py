@@ -53,12 +53,15 @@ def test_int16_scaling_spreads_and_never_wraps(low, span, seed):
     rounding = abs(slope) * 0.51 + 4e-7 * np.abs(volume).max()
     assert np.abs(back - volume).max() <= rounding
     assert np.abs(stored.astype(int)).max() <= 32767
+    zero = write.as_int16(np.zeros((1, 1, 1), np.float32), slope, inter)
+    assert abs(zero.item() * slope + inter) <= 2e-7 * abs(inter)
 
 
 def test_int16_of_a_constant():
     volume = np.full((2, 2, 2), 7.5, np.float32)
     slope, inter = write.int16_scaling([volume])
-    assert (write.as_int16(volume, slope, inter) * slope + inter == 7.5).all()
+    back = write.as_int16(volume, slope, inter) * slope + inter
+    np.testing.assert_allclose(back, 7.5, atol=slope)
 
 
 def test_table_cells(tmp_path):

@@ -269,7 +269,7 @@ def made_header(
     header.set_data_dtype(dtype)
     header.set_data_shape(shape)
     same_grid = np.array_equal(source.get_best_affine(), affine)
-    for field in ("qform_code", "sform_code", "xyzt_units", "descrip", "slice_code"):
+    for field in ("qform_code", "sform_code", "xyzt_units", "descrip", "aux_file", "toffset"):
         header[field] = source[field]
     for field in ("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3"):
         header[field] = source[field]
@@ -292,6 +292,8 @@ def _copy_position(source: Any, header: Any) -> None:
     for field in ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"):
         header[field] = source[field]
     for field in ("srow_x", "srow_y", "srow_z"):
+        header[field] = source[field]
+    for field in ("dim_info", "slice_code", "slice_start", "slice_end", "slice_duration"):
         header[field] = source[field]
     header["pixdim"][:4] = source["pixdim"][:4]
     if int(source["sform_code"]) == 0 and int(header["sform_code"]) == 2:

@@ -5,16 +5,19 @@ open to its user alone; and it is small, so room for all a run will need is take
 anything is written.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 from isal import isal_zlib
@@ -37,6 +40,9 @@ STAGED = "staged.json"
 STAGED_VOXELS = "bold.nii"
 REALIGNED_VOXELS = "realigned.raw"
 MOTION = "motion.npz"
+_OVERFLOW = "overflow"  # a link to where the voxels are, if they are not here
+_LOCK = "lock"
+_SINGLE = "run-"
 DEFAULTS = RealignSettings()
 _CHUNK_BYTES = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -94,7 +100,7 @@ def stage_run(
     check_run_shape(layout, run, settings.in_plane)
     warnings = check_units(layout, run)
     _refuse_impossible_size(layout, stamp.bytes, run)
-    voxels_dir = _reserve(stage_dir, layout, run)
+    voxels_dir = _reserve(stage_dir, layout, settings, run)
     try:
         _write_voxels(chunks, voxels_dir / STAGED_VOXELS, layout, run)
         volumes = map_volumes(voxels_dir / STAGED_VOXELS, layout)
@@ -126,18 +132,89 @@ def stage_run(
 
 def remove_stage(stage_dir: Path) -> None:
     """Remove all that a run has in the stage root, and what overflowed to disk."""
-    try:
-        voxels_dir = json.loads((stage_dir / STAGED).read_text())["voxels_dir"]
-        shutil.rmtree(voxels_dir, ignore_errors=True)
-    except (OSError, ValueError, KeyError):
-        pass
+    with contextlib.suppress(OSError):
+        shutil.rmtree((stage_dir / _OVERFLOW).readlink(), ignore_errors=True)
     shutil.rmtree(stage_dir, ignore_errors=True)
 
 
-def open_private_dir(root: Path) -> Path:
-    """New folder below `root` (below the temporary directory if there is no such root), 0700."""
-    base = root if root.is_dir() and os.access(root, os.W_OK) else Path(tempfile.gettempdir())
-    return Path(tempfile.mkdtemp(prefix=f"keepstill-{os.getuid()}-", dir=base))
+def private_stage_root(shared: Path) -> Path:
+    """Folder of this user in a stage root that users share; without one, in $TMPDIR."""
+    root = shared if shared.is_dir() else Path(tempfile.gettempdir())
+    if root != shared:
+        _log.warning("stage root %s: no such folder; %s serves instead", shared, root)
+    return root.absolute() / f"keepstill-{os.getuid()}"
+
+
+def claim_stage_root(stage_root: Path) -> None:
+    """Make the user's own stage root, closed to all others.
+
+    Raises
+    ------
+    StageError
+        If it cannot be made, or somebody else made it.
+    """
+    try:
+        stage_root.mkdir(mode=0o700, exist_ok=True)
+        status = stage_root.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise StageError(
+                f"stage root {stage_root}: belongs to user {status.st_uid}; "
+                "choose another stage_root"
+            )
+        if status.st_mode & 0o077:
+            stage_root.chmod(0o700)
+    except FileExistsError as error:
+        raise StageError(f"stage root {stage_root}: is no folder; remove it") from error
+    except PermissionError as error:
+        raise StageError(f"stage root {stage_root}: {error}; choose another stage_root") from error
+
+
+@contextlib.contextmanager
+def single_stage_dir(stage_root: Path) -> Iterator[Path]:
+    """Folder in which one call stages one run; gone afterwards, whatever happens.
+
+    A call that is killed cannot clean up. So it holds a lock that dies with it, and the next
+    call removes the folders whose lock nobody holds.
+
+    Raises
+    ------
+    StageError
+        If the stage root cannot be used.
+    """
+    claim_stage_root(stage_root)
+    sweep_stage_root(stage_root)
+    made = Path(tempfile.mkdtemp(prefix=".new-", dir=stage_root))
+    with (made / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stage_dir = made.rename(stage_root / f"{_SINGLE}{made.name.removeprefix('.new-')}")
+        try:
+            yield stage_dir
+        finally:
+            remove_stage(stage_dir)
+            with contextlib.suppress(OSError):
+                stage_root.rmdir()  # unless another call is at work there
+
+
+def hold_stage_dir(stage_dir: Path) -> TextIO:
+    """Make a stage directory that other processes of this call share, and hold it.
+
+    The returned file holds a lock that the kernel frees with this process; `sweep_stage_root`
+    spares what is held.
+    """
+    stage_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = (stage_dir / _LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
+
+
+def sweep_stage_root(stage_root: Path) -> None:
+    """Remove what killed calls left: the folders whose lock nobody holds."""
+    for folder in stage_root.glob("[!.]*/"):
+        with contextlib.suppress(OSError), (folder / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for staged in folder.glob("*/"):
+                remove_stage(staged)
+            remove_stage(folder)
 
 
 class _Chunks:
@@ -233,9 +310,10 @@ def _checked_stamp(source: Path, run: str) -> Any:
     return stamp
 
 
-def _reserve(stage_dir: Path, layout: Layout, run: str) -> Path:
+def _reserve(stage_dir: Path, layout: Layout, settings: RealignSettings, run: str) -> Path:
     """Folder that has room for the run and its result, taken before a byte is written."""
-    n_realigned = 4 * int(np.prod(layout.shape, dtype=np.int64))
+    is_resliced = settings.reslice or settings.reference == "mean"
+    n_realigned = 4 * int(np.prod(layout.shape, dtype=np.int64)) if is_resliced else 0
     sizes = {STAGED_VOXELS: layout.n_bytes, REALIGNED_VOXELS: n_realigned}
     needed = sum(sizes.values())
     try:
@@ -250,10 +328,13 @@ def _reserve(stage_dir: Path, layout: Layout, run: str) -> Path:
         / f"keepstill-{os.getuid()}-{hashlib.sha256(str(stage_dir).encode()).hexdigest()[:16]}"
     )
     try:
+        (stage_dir / _OVERFLOW).unlink(missing_ok=True)
+        (stage_dir / _OVERFLOW).symlink_to(spare)
         spare.mkdir(mode=0o700, exist_ok=True)
         _allocate(spare, sizes)
     except OSError as error:
         _clear(spare)
+        _clear(stage_dir)
         raise StageError(
             f"{run}: {needed / 1e6:.0f} MB needed; neither {stage_dir.parent} ({reason}) nor "
             f"{overflow} ({error.strerror}) has them; free some, or set stage_root or TMPDIR"
@@ -276,13 +357,14 @@ def _allocate(folder: Path, sizes: dict[str, int]) -> None:
     for name, n_bytes in sizes.items():
         handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            os.posix_fallocate(handle, 0, n_bytes)
+            if n_bytes > 0:
+                os.posix_fallocate(handle, 0, n_bytes)
         finally:
             os.close(handle)
 
 
 def _clear(folder: Path) -> None:
-    for name in (STAGED_VOXELS, REALIGNED_VOXELS):
+    for name in (STAGED_VOXELS, REALIGNED_VOXELS, _OVERFLOW):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -103,13 +103,19 @@ def _cell(value: Any) -> str:
 
 
 def int16_scaling(volumes: Iterable[NDArray[np.float32]]) -> tuple[float, float]:
-    """Slope and intercept (as float32 values) that spread all voxels over int16."""
-    low, high = math.inf, -math.inf
+    """Slope and intercept (as float32 values) that spread all voxels over int16.
+
+    The intercept is a whole number of slopes, so that an intensity of 0, the value outside the
+    field of view, comes back as 0.
+    """
+    low, high = 0.0, 0.0
     for volume in volumes:
         low, high = min(low, float(volume.min())), max(high, float(volume.max()))
-    inter = float(np.float32((low + high) / 2))
-    slope = float(np.float32(max(high - inter, inter - low) / _INT16_LIMIT * (1 + 1e-6)))
-    return (slope, inter) if slope > 0 else (1.0, inter)
+    slope = float(np.float32((high - low) / (2 * _INT16_LIMIT - 2) * (1 + 1e-6)))
+    if slope == 0:
+        return 1.0, 0.0
+    steps = np.rint((low + high) / 2 / slope)
+    return slope, float(np.float32(steps * slope))
 
 
 def as_int16(volume: NDArray[np.float32], slope: float, inter: float) -> NDArray[np.int16]:

@@ -132,8 +132,8 @@ def made_header(
 ) -> Any:
     """NIfTI-1 header (NIfTI-2 if the source is, or the shape asks for it) of an output.
 
-    The source's codes, units, intent and repetition time survive; sform and qform are those of
-    the source where the affine is the source's own.
+    The source's codes, units, intent and repetition time survive; on the source's own grid also
+    sform, qform, the axes of encoding and, for a series, the order of slices.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def made_header(
     header.set_data_dtype(dtype)
     header.set_data_shape(shape)
     same_grid = np.array_equal(source.get_best_affine(), affine)
-    for field in ("qform_code", "sform_code", "xyzt_units", "descrip", "slice_code"):
+    for field in ("qform_code", "sform_code", "xyzt_units", "descrip"):
         header[field] = source[field]
     for field in ("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3"):
         header[field] = source[field]
@@ -159,6 +159,7 @@ def made_header(
         header["sform_code"] = 2  # "aligned": the position that we were left to assume
     if same_grid:
         _copy_position(source, header)
+        _copy_acquisition(source, header)
     else:
         header.set_qform(affine, int(source["qform_code"]))
         header.set_sform(affine, int(source["sform_code"]) or 2)
@@ -178,6 +179,14 @@ def _copy_position(source: Any, header: Any) -> None:
     header["pixdim"][:4] = source["pixdim"][:4]
     if int(source["sform_code"]) == 0 and int(header["sform_code"]) == 2:
         header.set_sform(source.get_best_affine(), 2)
+
+
+def _copy_acquisition(source: Any, header: Any) -> None:
+    """Which axes were encoded how, and for a series when each slice was taken."""
+    header["dim_info"] = source["dim_info"]
+    if int(header["dim"][0]) == 4:
+        for field in ("slice_code", "slice_start", "slice_end", "slice_duration", "toffset"):
+            header[field] = source[field]
 
 
 def _parse_header(first_bytes: bytes, run: str) -> Any:

@@ -95,6 +95,7 @@ def test_a_study_is_realigned(done: tuple[Place, list[str]]) -> None:
         assert (folder / f"{run}_desc-hmc_bold.nii.gz").is_file()
         for made in (f"manifests/{run}.json", f"figures/{run}.svg", f"pages/{run}.html"):
             assert (place.output_dir / made).is_file()
+        assert (place.output_dir / "figures" / f"{run}_slices.svg").is_file()
     assert (place.output_dir / "index.html").is_file()
 
 
@@ -210,6 +211,7 @@ def test_a_missing_page_costs_no_realignment(done: tuple[Place, list[str]]) -> N
     assert {name for name in after if after[name] != before[name]} == {
         "index.html",
         f"figures/{SECOND}.svg",
+        f"figures/{SECOND}_slices.svg",
         f"pages/{SECOND}.html",
     }
 

@@ -127,8 +127,7 @@ def _find(result: Realigned) -> Findings:
         chosen = _compared(result)
         before = temporal_moments(result.run.volume, chosen)
         after = temporal_moments(lambda t: resliced[t], chosen)
-        realigned = figures.Series(resliced)
-        series = figures.series_figures(realigned, realigned, brain & covered)
+        series = figures.series_figures(figures.Series(resliced), brain & covered)
     return Findings(brain, covered, before, after, make_confounds(result, series))
 
 

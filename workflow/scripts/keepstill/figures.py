@@ -1,4 +1,4 @@
-"""Figures of a run: motion numbers, framewise displacement, rms displacement, DVARS, tSNR."""
+"""Figures of a run: motion numbers, framewise displacement, rms displacement, DVARS."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,27 +151,18 @@ class SeriesFigures:
     ----------
     dvars, std_dvars : (n,) float64
         NaN first; data scaled to median 1000.
-    tsnr_before, tsnr_after : float
-        Median over the mask of mean / standard deviation, linear trend removed.
-    variance_before, variance_after : float
-        Mean over the mask of the temporal variance, linear trend removed.
     """
 
     dvars: NDArray[np.float64]
     std_dvars: NDArray[np.float64]
-    tsnr_before: float
-    tsnr_after: float
-    variance_before: float
-    variance_after: float
 
 
-def series_figures(before: Series, after: Series, mask: NDArray[np.bool_]) -> SeriesFigures:
-    """DVARS of the realigned series, and tSNR and variance of both series.
+def series_figures(after: Series, mask: NDArray[np.bool_]) -> SeriesFigures:
+    """DVARS of the realigned series.
 
     Parameters
     ----------
-    before, after : Series
-        The run as it came, and realigned, on one grid.
+    after : Series
     mask : (nz, ny, nx) bool
 
     Notes
@@ -183,10 +174,7 @@ def series_figures(before: Series, after: Series, mask: NDArray[np.bool_]) -> Se
     squares, n_voxels, sd_sum = np.zeros(n - 1), 0, 0.0
     median = _masked_median(after, mask)
     scale = np.float32(_SCALED_MEDIAN / median) if median > 0 else np.float32(1)
-    moments: dict[str, list[NDArray[np.float64]]] = {"before": [], "after": []}
-    for block_before, block in zip(_blocks(before, mask), _blocks(after, mask), strict=True):
-        moments["before"].append(_detrended_moments(block_before))
-        moments["after"].append(_detrended_moments(block))
+    for block in _blocks(after, mask):
         scaled = block * scale
         sd = _robust_sd(scaled)
         keep = sd > _VARIANCE_TOLERANCE
@@ -200,14 +188,9 @@ def series_figures(before: Series, after: Series, mask: NDArray[np.bool_]) -> Se
     if n_voxels > 0:
         dvars[1:] = np.sqrt(squares / n_voxels)
         expected = sd_sum / n_voxels
-    stats = {name: _summary(np.concatenate(parts, axis=1)) for name, parts in moments.items()}
     return SeriesFigures(
         dvars=dvars,
         std_dvars=dvars / expected if expected > 0 else np.full(n, np.nan),
-        tsnr_before=stats["before"][0],
-        tsnr_after=stats["after"][0],
-        variance_before=stats["before"][1],
-        variance_after=stats["after"][1],
     )
 
 
@@ -245,22 +228,3 @@ def _lag1(block: NDArray[np.float32]) -> NDArray[np.float64]:
     power = np.square(centred, dtype=np.float64).sum(axis=1)
     lagged = np.multiply(centred[:, 1:], centred[:, :-1], dtype=np.float64).sum(axis=1)
     return np.divide(lagged, power, out=np.zeros_like(power), where=power > 0)
-
-
-def _detrended_moments(block: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean and variance (n - 2 degrees of freedom) of each row about its own line, (2, rows)."""
-    n = block.shape[1]
-    t = np.arange(n, dtype=np.float64) - (n - 1) / 2
-    mean = block.mean(axis=1, dtype=np.float64)
-    centred = block - mean[:, None]
-    slope = (centred * t).sum(axis=1) / (t * t).sum()
-    power = np.square(centred).sum(axis=1) - slope**2 * (t * t).sum()
-    return np.stack([mean, np.maximum(power, 0.0) / max(n - 2, 1)])
-
-
-def _summary(moments: NDArray[np.float64]) -> tuple[float, float]:
-    """Median tSNR and mean variance of (2, voxels) moments; 0 where nothing varies."""
-    mean, variance = moments
-    varies = variance > 0
-    tsnr = float(np.median(mean[varies] / np.sqrt(variance[varies]))) if varies.any() else 0.0
-    return tsnr, float(variance.mean()) if variance.size else 0.0

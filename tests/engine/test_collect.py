@@ -156,6 +156,21 @@ def test_slope_and_intercept_of_the_input(scaling, dtype, tmp_path):
     np.testing.assert_allclose(image.get_fdata()[..., 0], intensity, atol=0.51 * step + rounding)
 
 
+def test_tsnr_before_is_that_of_the_intensities(tmp_path):
+    """Slope and intercept are in it, and a drift is not."""
+    affine = phantom.grid_affine((20, 22, 14), (3.0, 3.0, 4.0))
+    data = runs.ball_run(7) + 10 * np.arange(7).astype(np.int16)
+    path = tmp_path / "a_bold.nii"
+    source = runs.write_stored(path, data.astype(np.int16), affine, scaling=(0.0754, 3100.8))
+    out = realign(source, tmp_path / "out")
+    intensity = nib.load(source).get_fdata().reshape(-1, 7)
+    fit = np.polynomial.polynomial.polyfit(np.arange(7), intensity.T, 1)
+    rest = intensity - np.polynomial.polynomial.polyval(np.arange(7), fit)
+    expected = intensity.mean(axis=1) / np.sqrt((rest**2).sum(axis=1) / 5)
+    found = nib.load(out / "a_stat-tsnr_desc-raw_boldmap.nii.gz").get_fdata().ravel()
+    np.testing.assert_allclose(found, expected, rtol=2e-3)  # float32 keeps 3e-4 of 3100.8
+
+
 def test_coverage_is_where_all_volumes_have_data(tmp_path):
     """Against the slow twin, from the transforms that were written; failed volumes do not count."""
     affine = phantom.grid_affine((20, 22, 14), (3.0, 3.0, 4.0), "LAS", oblique_deg=11)
@@ -216,8 +231,31 @@ def test_sidecars(made):
     bold = json.loads((out / "sub-01_task-rest_desc-hmc_bold.json").read_text())
     assert bold["RepetitionTime"] == 1.5 and bold["TaskName"] == "rest"
     assert bold["SkullStripped"] is False
-    assert bold["KeepstillSettings"]["interpolation_degree"] == 5
-    assert str(out.parent) not in (out / "sub-01_task-rest_desc-hmc_bold.json").read_text()
+    texts = {path.name: path.read_text() for path in out.glob("*.json")}
+    assert len(texts) == len(NAMES) / 2
+    for name, text in texts.items():
+        sidecar = json.loads(text)
+        assert sidecar["Description"] and sidecar["Sources"], name
+        assert sidecar["KeepstillSettings"]["interpolation_degree"] == 5
+        assert sidecar["Reference"] == "volume 0"
+        assert str(out.parent) not in text
+
+
+def test_outside_a_data_set_sources_are_file_names(made):
+    """There is nothing that a BIDS URI could start from."""
+    _, out = made
+    for path in out.glob("*.json"):
+        assert "bids:" not in path.read_text()
+    brain = json.loads((out / "sub-01_task-rest_desc-brain_mask.json").read_text())
+    assert brain["Sources"] == ["sub-01_task-rest_desc-hmc_boldref.nii.gz"]
+
+
+def test_a_run_without_a_task_name_gets_that_of_its_file(tmp_path):
+    """BIDS requires the field of every bold file."""
+    path = tmp_path / "sub-01_task-nback_bold.nii.gz"
+    out = realign(runs.write_run(path, runs.ball_run(3), sidecar=False), tmp_path / "out")
+    bold = json.loads((out / "sub-01_task-nback_desc-hmc_bold.json").read_text())
+    assert bold["TaskName"] == "nback"
 
 
 def test_no_reslice_leaves_transforms_and_tables(made, tmp_path):
@@ -248,6 +286,15 @@ def test_reference_from_a_file_on_its_own_grid(made, tmp_path):
     there = load_transform(made_there / name, fmt="itk").matrix
     corners = np.array([[-25.0, -25, -20], [25, 25, 20], [0, 0, 0]])
     assert phantom.displacement_mm(there, same, corners).max() < 0.1
+    run = "sub-01_task-rest"
+    raw_map = nib.load(made_there / f"{run}_stat-tsnr_desc-raw_boldmap.nii.gz")
+    assert raw_map.shape == image.shape[:3]
+    np.testing.assert_array_equal(raw_map.affine, image.affine)
+    summary = json.loads((made_there / "manifests" / f"{run}.json").read_text())["summary"]
+    assert summary["tsnr_before"] is None and summary["tsnr_after"] > 1
+    boldref = json.loads((made_there / f"{run}_desc-hmc_boldref.json").read_text())
+    assert boldref["Reference"].startswith("ref.nii.gz (sha256:")
+    assert boldref["Sources"] == ["ref.nii.gz"]
 
 
 def test_dead_volume_is_reported_by_number(tmp_path, capsys):

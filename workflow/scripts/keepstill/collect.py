@@ -1,7 +1,7 @@
 """Collecting a realigned run: from the stage root to the output directory, manifest last."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -75,29 +75,39 @@ def collect_run(
         If an output cannot be written.
     """
     result = open_result(stage_dir, settings)
-    found = result.run.found
+    folder = result.run.found["folder"]
     with _as_output_error(result.run.run, output_dir):
-        if found["folder"]:
-            describe_dataset(output_dir, found["bids_dir"])
+        if folder:
+            describe_dataset(output_dir, result.run.found["bids_dir"])
         findings = _find(result)
         summary = _summary(result, findings)
-        folder = output_dir / PurePosixPath(found["folder"])
-        paths = list(_write_all(result, findings, folder, n_threads))
-        manifest = Manifest(
-            run=result.run.run,
-            input_sha256=found["input"]["sha256"],
-            input_bytes=found["input"]["bytes"],
-            metadata=found["metadata"],
-            settings=settings,
-            outputs=describe_outputs(output_dir, paths),
-            summary=summary,
-            warnings=tuple(found["warnings"]),
-        )
-        if found["folder"]:
-            stamp = Stamp(**found["input"]["stamp"])
-            remember_input(output_dir, result.run.run, stamp, found["input"]["sha256"])
-        write_manifest(output_dir, manifest)
+        paths = _write_all(result, findings, output_dir / PurePosixPath(folder), n_threads)
+        _complete(result, output_dir, describe_outputs(output_dir, paths), summary)
     return summary
+
+
+def _complete(
+    result: Realigned,
+    output_dir: Path,
+    outputs: Mapping[str, Mapping[str, Any]],
+    summary: Mapping[str, Any],
+) -> None:
+    """Write the manifest, and in a data set the note that saves hashing the input again."""
+    found = result.run.found
+    manifest = Manifest(
+        run=result.run.run,
+        input_sha256=found["input"]["sha256"],
+        input_bytes=found["input"]["bytes"],
+        metadata=found["metadata"],
+        settings=result.settings,
+        outputs=outputs,
+        summary=summary,
+        warnings=tuple(found["warnings"]),
+    )
+    if found["folder"]:
+        stamp = Stamp(**found["input"]["stamp"])
+        remember_input(output_dir, result.run.run, stamp, found["input"]["sha256"])
+    write_manifest(output_dir, manifest)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,10 @@ from keepstill.errors import InputError
 
 # Bytes that hold the header of either version of NIfTI, extensions aside.
 HEADER_BYTES = 540
+_KEPT = (
+    *("qform_code", "sform_code", "xyzt_units", "descrip"),
+    *("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3"),
+)
 _SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 
 
@@ -151,9 +155,7 @@ def made_header(
     header.set_data_dtype(dtype)
     header.set_data_shape(shape)
     same_grid = np.array_equal(source.get_best_affine(), affine)
-    for field in ("qform_code", "sform_code", "xyzt_units", "descrip"):
-        header[field] = source[field]
-    for field in ("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3"):
+    for field in _KEPT:
         header[field] = source[field]
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         header["sform_code"] = 2  # "aligned": the position that we were left to assume

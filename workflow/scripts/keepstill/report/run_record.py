@@ -147,24 +147,21 @@ def read_confounds(path: Path, names: Iterable[str], optional: Iterable[str] = (
     header = lines[0].split("\t") if lines else []
     rows = [line.split("\t") for line in lines[1:]]
     try:
-        status = np.array([row[header.index("status")] for row in rows], dtype=np.str_)
         columns = {name: _numbers(rows, header.index(name)) for name in names}
+        missing = np.full(len(rows), np.nan)
         for name in optional:
-            present = name in header
-            columns[name] = (
-                _numbers(rows, header.index(name)) if present else np.full(len(rows), np.nan)
-            )
+            columns[name] = _numbers(rows, header.index(name)) if name in header else missing
+        return Confounds(
+            columns=columns,
+            status=np.array([row[header.index("status")] for row in rows], dtype=np.str_),
+            non_steady=_spikes(header, rows, NON_STEADY),
+            flagged=_spikes(header, rows, OUTLIER),
+        )
     except (ValueError, IndexError) as error:
         raise InputError(
             f"{path.name}: {len(header)} columns, {len(rows)} rows, unreadable ({error}); "
             "realign the run again"
         ) from error
-    return Confounds(
-        columns=columns,
-        status=status,
-        non_steady=_spikes(header, rows, NON_STEADY),
-        flagged=_spikes(header, rows, OUTLIER),
-    )
 
 
 def consecutive(volumes: NDArray[np.intp]) -> list[tuple[int, int]]:

@@ -16,7 +16,9 @@ LAYERS = (
     ("manifest",),
     ("stage",),
     ("read", "reference"),
-    ("estimate", "reslice", "figures", "write"),
+    ("estimate", "reslice", "figures", "maps", "write", "realigned"),
+    ("confounds",),
+    ("sidecars",),
     ("collect", "report"),
     ("realign",),
     ("ranks", "warm", "progress"),
@@ -72,7 +74,7 @@ def test_an_upward_import_would_be_seen(tmp_path):
 
 def test_estimation_sees_arrays_only():
     """No path and no communicator below the border."""
-    for name in ("estimate", "reslice", "reference", "masks", "geometry", "figures"):
+    for name in ("estimate", "reslice", "reference", "masks", "geometry", "figures", "maps"):
         tops = {module.split(".")[0] for module in imported(ENGINE / f"{name}.py")}
         assert not tops & {"pathlib", "os", "io", "nibabel", "mpi4py"}, name
 

@@ -9,7 +9,7 @@ import naive
 import phantom
 from keepstill import geometry
 from keepstill.estimate import new_coefficients, prepare_moving
-from keepstill.kernels import bspline, components, sampling, small, sums
+from keepstill.kernels import bspline, components, moments, sampling, small, sums
 from keepstill.reference import prepare_reference
 from keepstill.settings import EstimateSettings
 
@@ -152,3 +152,11 @@ def test_singular_matrix_is_said_to_be():
     assert not small.solution(np.ones((3, 3)), np.eye(3))[1]
     with pytest.raises(ValueError, match="singular"):
         geometry.inverse(np.zeros((4, 4)))
+
+
+def test_moments():
+    volume, origin = volume_of((50,), 1), volume_of((50,), 2)
+    before = np.random.default_rng(3).normal(size=(3, 50))
+    found = before.copy()
+    moments.add_volume(found, volume, origin, -2.5)
+    np.testing.assert_allclose(found, naive.add_volume(before, volume, origin, -2.5), rtol=1e-12)

@@ -19,6 +19,11 @@ _SECONDS = {8: 1.0, 16: 1e-3, 24: 1e-6}
 _POSITION_TOLERANCE_MM = 1.0
 # Largest cosine between two axes of a grid; more is shear, which no rigid motion can undo.
 _MOST_SHEAR = 0.01
+# Fields that stay true of what is made of a run.
+_KEPT = (
+    *("qform_code", "sform_code", "xyzt_units", "descrip", "aux_file", "toffset"),
+    *("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3"),
+)
 
 
 @dataclass(frozen=True)
@@ -250,8 +255,8 @@ def made_header(
 ) -> Any:
     """NIfTI-1 header (NIfTI-2 if the source is, or the shape asks for it) of an output.
 
-    The source's codes, units, intent and repetition time survive; sform and qform are those of
-    the source where the affine is the source's own.
+    The source's codes, units, intent and repetition time survive; on the source's own grid also
+    sform, qform, the axes of encoding and, for a series, the order of slices.
 
     Parameters
     ----------
@@ -269,14 +274,13 @@ def made_header(
     header.set_data_dtype(dtype)
     header.set_data_shape(shape)
     same_grid = np.array_equal(source.get_best_affine(), affine)
-    for field in ("qform_code", "sform_code", "xyzt_units", "descrip", "aux_file", "toffset"):
-        header[field] = source[field]
-    for field in ("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3"):
+    for field in _KEPT:
         header[field] = source[field]
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         header["sform_code"] = 2  # "aligned": the position that we were left to assume
     if same_grid:
         _copy_position(source, header)
+        _copy_acquisition(source, header)
     else:
         header.set_qform(affine, int(source["qform_code"]))
         header.set_sform(affine, int(source["sform_code"]) or 2)
@@ -298,6 +302,14 @@ def _copy_position(source: Any, header: Any) -> None:
     header["pixdim"][:4] = source["pixdim"][:4]
     if int(source["sform_code"]) == 0 and int(header["sform_code"]) == 2:
         header.set_sform(source.get_best_affine(), 2)
+
+
+def _copy_acquisition(source: Any, header: Any) -> None:
+    """Which axes were encoded how, and for a series when each slice was taken."""
+    header["dim_info"] = source["dim_info"]
+    if int(header["dim"][0]) == 4:
+        for field in ("slice_code", "slice_start", "slice_end", "slice_duration", "toffset"):
+            header[field] = source[field]
 
 
 def _parse_header(first_bytes: bytes, run: str) -> Any:

@@ -147,12 +147,10 @@ def _bold_fields(result: Realigned) -> dict[str, Any]:
     tasks = [part[5:] for part in result.run.run.split("_") if part.startswith("task-")]
     if tasks:
         carried.setdefault("TaskName", tasks[0])
-    ours = {
-        "RepetitionTime": result.run.found["tr_s"],
-        "SkullStripped": False,
-        "OutsideFieldOfView": 0,
-    }
-    return carried | _in_space(result) | ours
+    ours = {"SkullStripped": False, "OutsideFieldOfView": 0} | _in_space(result)
+    if result.run.found["tr_s"] is not None:
+        ours["RepetitionTime"] = result.run.found["tr_s"]
+    return carried | ours
 
 
 def _map_fields(result: Realigned) -> dict[str, Any]:

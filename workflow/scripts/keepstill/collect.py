@@ -176,7 +176,7 @@ def _covered(result: Realigned) -> NDArray[np.bool_]:
 def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
     """Figures of the whole run; None for one that is not known."""
     table, mask = findings.confounds, findings.brain & findings.coverage
-    fd_mm = table["framewise_displacement"]
+    fd_mm, tr_s = table["framewise_displacement"], result.run.found["tr_s"]
     steady = is_steady_change(result) & is_known_change(result)
     failed = np.flatnonzero(result.failed)
     flagged = sum(table[name] for name in table if name.startswith(OUTLIER))
@@ -184,7 +184,7 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
     after = findings.after.within(mask) if findings.after else None
     return {
         "n_volumes": result.run.n_volumes,
-        "tr_s": None if result.run.found["tr_s"] is None else _number(result.run.found["tr_s"]),
+        "tr_s": None if tr_s is None else _number(tr_s),
         "mean_fd_mm": _mean(fd_mm),
         "max_fd_mm": _number(np.nanmax(fd_mm)) if np.isfinite(fd_mm).any() else None,
         "n_outliers": int(np.sum(flagged * ~result.failed)),

@@ -119,19 +119,19 @@ def test_dvars(n):
     np.testing.assert_allclose(found.std_dvars[1:], std_dvars, rtol=2e-6)
 
 
-def test_volumes_that_failed_do_not_count():
-    """The others' DVARS are as if the failed ones were not there; across a gap there is none."""
+def test_failed_volumes_do_not_say_what_is_expected():
+    """The others' std_dvars are as if the failed ones were not there; theirs stand out."""
     rng = np.random.default_rng(8)
     series = (500 + rng.normal(size=(12, 3, 20, 30)) * 9).astype(np.float32)
     mask = np.ones(series.shape[1:], bool)
     broken = series.copy()
     broken[[4, 5]] = 0
-    chosen = np.array([0, 1, 2, 3, 6, 7, 8, 9, 10, 11])
-    found = figures.series_figures(broken, chosen, mask)
-    _, std_dvars = nipype_dvars(series[chosen][:, mask].T.astype(np.float64))
-    assert np.isnan(found.std_dvars[[0, 4, 5, 6]]).all()
+    good = np.array([0, 1, 2, 3, 6, 7, 8, 9, 10, 11])
+    found = figures.series_figures(broken, good, mask)
+    _, std_dvars = nipype_dvars(series[good][:, mask].T.astype(np.float64))
     np.testing.assert_allclose(found.std_dvars[1:4], std_dvars[:3], rtol=2e-6)
     np.testing.assert_allclose(found.std_dvars[7:], std_dvars[4:], rtol=2e-6)
+    assert found.std_dvars[4] > 20 and found.std_dvars[6] > 20
 
 
 def test_two_volumes_have_no_dvars():

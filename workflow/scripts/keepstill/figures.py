@@ -134,7 +134,7 @@ class SeriesFigures:
 
 
 def series_figures(
-    series: NDArray[np.float32], chosen: NDArray[np.intp], mask: NDArray[np.bool_]
+    series: NDArray[np.float32], good: NDArray[np.intp], mask: NDArray[np.bool_]
 ) -> SeriesFigures:
     """DVARS of the realigned series.
 
@@ -142,9 +142,9 @@ def series_figures(
     ----------
     series : (n, nz, ny, nx) float32
         May be mapped; masked voxels of a few thousand are held at a time.
-    chosen : (m,) int
-        Numbers of the volumes that count, in order: those that could be realigned. The others,
-        and those after a gap, have no DVARS.
+    good : (m,) int
+        Numbers of the volumes that could be realigned. They alone say what change is to be
+        expected; the others' changes are held against it.
     mask : (nz, ny, nx) bool
 
     Notes
@@ -152,38 +152,34 @@ def series_figures(
     DVARS: Nichols 2013, with FSL's lower percentiles, as nipype's `compute_dvars`. Voxels that
     do not vary are left out.
     """
-    n = len(chosen)
-    squares, n_voxels, sd_sum = np.zeros(max(n - 1, 0)), 0, 0.0
-    median = _masked_median(series, chosen, mask)
+    squares, n_voxels, sd_sum = np.zeros(len(series) - 1), 0, 0.0
+    median = _masked_median(series, good, mask)
     scale = np.float32(_SCALED_MEDIAN / median) if median > 0 else np.float32(1)
-    for block in _blocks(series, chosen, mask):
+    for block in _blocks(series, mask):
         scaled = block * scale
-        sd = _robust_sd(scaled)
+        steady = np.ascontiguousarray(scaled[:, good])
+        sd = _robust_sd(steady)
         keep = sd > _VARIANCE_TOLERANCE
-        scaled, sd = scaled[keep], sd[keep]
-        step = np.diff(scaled, axis=1)
+        sd_sum += float((sd[keep] * np.sqrt(2.0 * (1.0 - _lag1(steady[keep])))).sum())
+        step = np.diff(scaled[keep], axis=1)
         squares += np.square(step, dtype=np.float64).sum(axis=0)
-        sd_sum += float((sd * np.sqrt(2.0 * (1.0 - _lag1(scaled)))).sum())
-        n_voxels += len(scaled)
+        n_voxels += int(keep.sum())
     dvars, std_dvars = np.full((2, len(series)), np.nan)
-    neighbours = np.flatnonzero(np.diff(chosen) == 1)
     if n_voxels > 0:
-        dvars[chosen[neighbours + 1]] = np.sqrt(squares[neighbours] / n_voxels)
+        dvars[1:] = np.sqrt(squares / n_voxels)
     if sd_sum > 0:
         std_dvars = dvars * (n_voxels / sd_sum)
     return SeriesFigures(dvars, std_dvars)
 
 
-def _blocks(
-    series: NDArray[np.float32], chosen: NDArray[np.intp], mask: NDArray[np.bool_]
-) -> Iterator[NDArray[np.float32]]:
-    """Masked voxels over the chosen volumes, (at most 4096, m) float32 at a time."""
+def _blocks(series: NDArray[np.float32], mask: NDArray[np.bool_]) -> Iterator[NDArray[np.float32]]:
+    """Masked voxels over time, (at most 4096, n) float32 at a time."""
     voxels = np.flatnonzero(mask)
     for first in range(0, voxels.size, _VOXELS_AT_ONCE):
         some = voxels[first : first + _VOXELS_AT_ONCE]
-        block = np.empty((some.size, len(chosen)), np.float32)
-        for column, t in enumerate(chosen):
-            block[:, column] = series[t].reshape(-1)[some]
+        block = np.empty((some.size, len(series)), np.float32)
+        for t in range(len(series)):
+            block[:, t] = series[t].reshape(-1)[some]
         yield block
 
 

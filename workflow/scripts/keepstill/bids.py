@@ -1,5 +1,6 @@
 """BIDS: the runs of a data set, their sidecars, and the names of what is made of them."""
 
+import collections
 import difflib
 import itertools
 import json
@@ -15,6 +16,7 @@ from keepstill.errors import InputError
 BOLD_EXTENSIONS = (".nii", ".nii.gz")
 FILTERS = {"participants": "sub", "sessions": "ses", "tasks": "task", "runs": "run"}
 DESCRIPTION = "dataset_description.json"
+MAX_SHOWN = 12  # names in an error's line
 
 Filters = Mapping[str, Sequence[str | int] | None]
 
@@ -102,16 +104,49 @@ def index_runs(bids_dir: Path, filters: Filters | None = None) -> list[Run]:
     InputError
         If there is no run, a label matches none, or one name stands for two files.
     """
-    paths = _bold_paths(bids_dir)
-    runs = sorted((_run(path) for path in paths), key=lambda run: run.name)
-    runs = [run for run in runs if run.entities.get("part") != "phase"]
+    found = sorted((_run(path) for path in _bold_paths(bids_dir)), key=lambda run: run.name)
+    runs = [run for run in found if run.entities.get("part") != "phase"]
     if not runs:
         raise InputError(
-            f"{bids_dir}: no run found; needs files sub-*/[ses-*/]func/*_bold.nii[.gz], "
-            f"and bids_dir must be the folder that holds {DESCRIPTION}"
+            f"{bids_dir}: only phase images found ({len(found)}, part-phase), which are never "
+            "realigned by themselves; add the magnitude images"
         )
+    runs = filter_runs(runs, filters or {}, bids_dir)
     _refuse_twins(runs)
-    return _filtered(runs, filters or {}, bids_dir)
+    return runs
+
+
+def filter_runs(runs: Sequence[Run], filters: Filters, where: Path) -> list[Run]:
+    """Runs that pass the filters, in their order.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    filters : mapping
+        As of `index_runs`.
+    where : Path
+        What the runs were found in, for errors.
+
+    Raises
+    ------
+    InputError
+        If a label matches no run, or no run passes.
+    """
+    kept = list(runs)
+    for name, labels in filters.items():
+        if labels is None:
+            continue
+        wanted = [str(label).removeprefix(f"{FILTERS[name]}-") for label in labels]
+        _refuse_unknown(wanted, name, runs, where)
+        before = kept
+        kept = [run for run in kept if _passes(run, FILTERS[name], wanted)]
+        if not kept:
+            raise InputError(
+                f"{where}: {len(runs)} runs found, {len(before)} left before {name} "
+                f"{', '.join(wanted)}, none after; widen that filter (left were: "
+                f"{_shown([run.name for run in before])})"
+            )
+    return kept
 
 
 def sidecar_metadata(path: Path, bids_dir: Path | None = None) -> dict[str, Any]:
@@ -193,11 +228,16 @@ def _bold_paths(bids_dir: Path) -> list[Path]:
         link = Path(scratch) / "study"
         link.symlink_to(bids_dir.absolute(), target_is_directory=True)
         rows = index_dataset(link).select(["path", "suffix", "ext"]).to_pylist()
-    return [
-        bids_dir / row["path"]
-        for row in rows
-        if row["suffix"] == "bold" and row["ext"] in BOLD_EXTENSIONS
-    ]
+    images = [row for row in rows if row["ext"] in BOLD_EXTENSIONS]
+    paths = [bids_dir / row["path"] for row in images if row["suffix"] == "bold"]
+    if not paths:
+        counts = collections.Counter(row["suffix"] for row in images)
+        found = _shown([f"{number} {suffix}" for suffix, number in sorted(counts.items())])
+        raise InputError(
+            f"{bids_dir}: no run found (images found: {found}); needs files "
+            "sub-*/[ses-*/]func/*_bold.nii[.gz]"
+        )
+    return paths
 
 
 def _run(path: Path) -> Run:
@@ -207,35 +247,27 @@ def _run(path: Path) -> Run:
 
 
 def _refuse_twins(runs: Sequence[Run]) -> None:
-    for run, following in itertools.pairwise(runs):
-        if run.name == following.name:
-            raise InputError(
-                f"{run.name}: two files found, {run.source} and {following.source}; remove one"
-            )
+    """Refuse two files of one name, such as .nii and .nii.gz; `runs` are sorted."""
+    twins = [pair for pair in itertools.pairwise(runs) if pair[0].name == pair[1].name]
+    if twins:
+        run, other = twins[0]
+        more = f" (first of {len(twins)} such runs)" if len(twins) > 1 else ""
+        raise InputError(
+            f"{run.name}: two files found, {run.source} and {other.source}{more}; remove one, "
+            "or leave the run out by a filter"
+        )
 
 
-def _filtered(runs: Sequence[Run], filters: Filters, bids_dir: Path) -> list[Run]:
-    kept = list(runs)
-    for name, labels in filters.items():
-        if labels is None:
-            continue
-        entity = FILTERS[name]
-        wanted = [str(label).removeprefix(f"{entity}-") for label in labels]
-        found = sorted({run.entities[entity] for run in runs if entity in run.entities})
-        for label in wanted:
-            if not any(_same_label(entity, label, other) for other in found):
-                raise InputError(f"{bids_dir}: {name}: {_none_such(label, found)}")
-        before = kept
-        kept = [run for run in kept if _passes(run.entities.get(entity), entity, wanted)]
-        if not kept:
-            raise InputError(
-                f"{bids_dir}: {len(runs)} runs found, {len(before)} left before {name} "
-                f"{', '.join(wanted)}, none after; widen that filter"
-            )
-    return kept
+def _refuse_unknown(wanted: Iterable[str], name: str, runs: Sequence[Run], where: Path) -> None:
+    entity = FILTERS[name]
+    found = sorted({run.entities[entity] for run in runs if entity in run.entities})
+    for label in wanted:
+        if not any(_same_label(entity, label, other) for other in found):
+            raise InputError(f"{where}: {name}: {_none_such(label, found)}")
 
 
-def _passes(label: str | None, entity: str, wanted: Iterable[str]) -> bool:
+def _passes(run: Run, entity: str, wanted: Iterable[str]) -> bool:
+    label = run.entities.get(entity)
     return label is not None and any(_same_label(entity, other, label) for other in wanted)
 
 
@@ -249,8 +281,13 @@ def _same_label(entity: str, one: str, other: str) -> bool:
 def _none_such(label: str, found: Sequence[str]) -> str:
     near = difflib.get_close_matches(label, found, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    shown = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
-    return f"no run has {label}{hint or '; choose from those found'} (found: {shown or 'none'})"
+    return f"no run has {label}{hint or '; choose from those found'} (found: {_shown(found)})"
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first names, and how many there are besides."""
+    rest = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(names[:MAX_SHOWN]) + rest or "none"
 
 
 def _stem(name: str) -> str:

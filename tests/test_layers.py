@@ -21,7 +21,7 @@ LAYERS = (
     ("realign",),
     ("ranks", "warm"),
     ("config",),
-    ("study",),
+    ("config_files", "study"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

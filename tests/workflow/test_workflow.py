@@ -175,6 +175,27 @@ def test_one_core_needs_no_launcher(tmp_path: Path) -> None:
     assert not (place.output_dir / "index.html").exists()
 
 
+def test_nothing_in_the_configuration_is_evaluated(tmp_path: Path) -> None:
+    place = Place(tmp_path, [FIRST])
+    place.bids_dir = place.bids_dir.rename(tmp_path / "$(touch trap);touch trap;'`touch trap`")
+    place.output_dir = tmp_path / 'a $(touch trap) & touch trap | " __import__("os")'
+    process = place.call(config=["pages=false"], n_cores=1)
+    assert process.returncode == 0, process.stderr
+    assert (place.output_dir / "manifests" / f"{FIRST}.json").is_file()
+    assert not [*tmp_path.rglob("trap"), *CLONE.glob("trap")]
+
+
+def test_a_template_is_refused(tmp_path: Path) -> None:
+    place = Place(tmp_path, [FIRST])
+    (tmp_path / "own.yaml").write_text("__use_yte__: true\ntasks: ?['rest']\n")
+    process = place.call("--dry-run", "--configfile", "own.yaml")
+    assert process.returncode == 2
+    assert told(process) == [
+        f"keepstill: config: {tmp_path}/own.yaml: templates are not for keepstill; "
+        "remove __use_yte__ and write the values themselves"
+    ]
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A study that nothing is done to."""

@@ -15,6 +15,7 @@ CLONE = RULES.parents[1]
 SCRIPTS = RULES.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from keepstill.config_files import refuse_templates
 from keepstill.errors import KeepstillError
 from keepstill.manifest import manifest_path
 from keepstill.study import Plan, claim_stage_root, clear_stage, plan_study, read_study
@@ -45,6 +46,7 @@ def read_plan():
     if not workflow.is_main_process:
         or_refuse(claim_stage_root, STUDY.stage_root)
         return Plan((), (), False)
+    or_refuse(refuse_templates, map(Path, workflow.configfiles))
     plan = plan_study(STUDY)
     tell(plan.in_words(len(STUDY.runs)))
     return plan

@@ -1,4 +1,4 @@
-"""The command line: ``keepstill realign``, ``keepstill warm``."""
+"""The command line: ``keepstill realign``, ``config``, ``warm``."""
 
 import argparse
 import logging
@@ -23,7 +23,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse and go; exits with 0, or 2 after one line on what the user can mend."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="keepstill: %(message)s", stream=sys.stderr)
-    sys.exit(args.command(args))
+    try:
+        status = args.command(args)
+        sys.stdout.flush()
+    except KeepstillError as error:
+        print(f"keepstill: {error}", file=sys.stderr)
+        status = 2
+    except BrokenPipeError:  # the reader has seen enough; nothing more can be said
+        os._exit(1)
+    sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,6 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_realign_arguments(realign)
     realign.set_defaults(command=_realign)
+    config = commands.add_parser(
+        "config",
+        help="print the configuration that a study would be realigned with",
+        description="Check a configuration and print it, complete and with absolute paths, as "
+        "YAML. The rules are those of snakemake --configfile FILE --config KEY=VALUE.",
+    )
+    _add_config_arguments(config)
+    config.set_defaults(command=_config)
     warm = commands.add_parser(
         "warm", help="compile the kernels, once", description="Compile the kernels, once."
     )
@@ -78,6 +94,21 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("/dev/shm"),
         metavar="DIR",
         help="where the run is decompressed meanwhile (default: %(default)s)",
+    )
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        "--configfile",
+        dest="given",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a configuration of your own, YAML; may be repeated, the last one counts most",
+    )
+    parser.add_argument(
+        "entries", nargs="*", metavar="KEY=VALUE", help="a value, such as tasks=rest"
     )
 
 
@@ -147,6 +178,28 @@ class _progress:
             self._bar.stop()
 
 
+def _given_config(args: argparse.Namespace) -> tuple[dict[str, Any], frozenset[str], Path]:
+    """The configuration that was asked for, the keys that were given, and the clone."""
+    from keepstill.config_files import find_clone, load_config
+
+    # As with Snakemake, --config may stand before KEY=VALUE as well.
+    files = [Path(given) for given in args.given if "=" not in given or Path(given).is_file()]
+    entries = [given for given in args.given if Path(given) not in files]
+    clone = find_clone()
+    return *load_config(files, [*entries, *args.entries], clone), clone
+
+
+def _config(args: argparse.Namespace) -> int:
+    """Print the effective configuration."""
+    from keepstill.config import effective_config, settings_of
+    from keepstill.config_files import config_text
+
+    config = effective_config(*_given_config(args))
+    settings_of(config)  # refuses a reference that is not there
+    print(config_text(config), end="")
+    return 0
+
+
 def _warm(args: argparse.Namespace) -> int:
     """Run every kernel once on a small phantom, so that no rank has to compile."""
     del args
@@ -157,10 +210,4 @@ def _warm(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeepstillError as error:
-        print(f"keepstill: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        os._exit(1)
+    main()

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -14,7 +15,31 @@ from keepstill.manifest import REFERENCES
 from keepstill.settings import RealignSettings
 
 Config = Mapping[str, Any]
+SCHEMA = Path("config", "config.schema.yaml")  # in the clone
 PATHS = ("bids_dir", "output_dir", "stage_root")
+
+
+def effective_config(config: Config, given: Iterable[str], clone: Path) -> dict[str, Any]:
+    """The configuration as it counts: text typed, checked, complete, its paths absolute.
+
+    Parameters
+    ----------
+    config : mapping
+        As Snakemake or `config_files.load_config` has it.
+    given : iterable of str
+        Keys that the caller gave, on the command line or in a file of their own.
+    clone : Path
+        Folder of the Snakefile.
+
+    Raises
+    ------
+    SettingsError
+        If a key is unknown or missing, or a value is of no use.
+    """
+    schema = read_schema(clone / SCHEMA)
+    config = with_types(config, schema)
+    check_config(config, schema)
+    return with_absolute_paths(with_defaults(config, schema), given, clone)
 
 
 def read_schema(path: Path) -> dict[str, Any]:
@@ -32,17 +57,14 @@ def check_config(config: Config, schema: Mapping[str, Any]) -> None:
     SettingsError
         One line on the first value that does not fit: which, what was found, what is needed.
     """
-    from jsonschema import Draft202012Validator
-
-    errors = Draft202012Validator(schema).iter_errors(config)
+    errors = _validator(schema).iter_errors(config)
     for error in sorted(errors, key=lambda error: (len(error.path), str(error.path))):
         where = "".join(f"{part}: " for part in error.path)
         if error.validator == "additionalProperties":
             known = error.schema["properties"]
             unknown = sorted(set(error.instance) - set(known))[0]
-            raise SettingsError(
-                f"config: {where}{unknown!r} is unknown; {_nearest(unknown, known)}"
-            )
+            nearest = _nearest(unknown, _names(known))
+            raise SettingsError(f"config: {where}{unknown!r} is unknown; {nearest}")
         if error.validator == "required":
             missing = sorted(set(error.validator_value) - set(error.instance))[0]
             raise SettingsError(f"config: {where}{missing} is missing; give it a value")
@@ -57,6 +79,17 @@ def with_types(config: Config, schema: Mapping[str, Any]) -> dict[str, Any]:
     """
     properties = schema["properties"]
     return {name: _typed(value, properties.get(name, {})) for name, value in config.items()}
+
+
+def with_defaults(config: Config, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration in the schema's order, in which no key is missing that has a default."""
+    complete = {}
+    for name, described in schema["properties"].items():
+        if "properties" in described:
+            complete[name] = with_defaults(config.get(name, {}), described)
+        elif name in config or "default" in described:
+            complete[name] = config.get(name, described.get("default"))
+    return complete
 
 
 def with_absolute_paths(config: Config, given: Iterable[str], clone: Path) -> dict[str, Any]:
@@ -130,6 +163,21 @@ def filters_of(config: Config) -> Filters:
     return filters
 
 
+def _validator(schema: Mapping[str, Any]) -> Any:
+    """A validator to which NaN and infinity are no numbers, since they pass every bound."""
+    from jsonschema import Draft202012Validator, validators
+
+    extend: Any = validators.extend  # it has no types
+
+    def is_number(checker: Any, value: Any) -> bool:
+        del checker
+        is_real = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_real and math.isfinite(value)
+
+    checker = Draft202012Validator.TYPE_CHECKER.redefine("number", is_number)
+    return extend(Draft202012Validator, type_checker=checker)(schema)
+
+
 def _typed(value: Any, schema: Mapping[str, Any]) -> Any:
     if isinstance(value, Mapping) and "properties" in schema:
         return with_types(value, schema)
@@ -164,6 +212,16 @@ def _schema_at(schema: Mapping[str, Any], path: Iterable[str | int]) -> Mapping[
     return schema
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _names(properties: Mapping[str, Any]) -> dict[str, str]:
+    """Every key, nested ones too -> how an error names it; Snakemake's own is left out."""
+    nested = {
+        name: f"{name} in {outer}"
+        for outer, described in properties.items()
+        for name in described.get("properties", ())
+    }
+    return nested | {name: name for name in properties if name != "pathvars"}
+
+
+def _nearest(name: str, known: Mapping[str, str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"did you mean {known[near[0]]}?" if near else f"known: {', '.join(sorted(known))}"

@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from keepstill.bids import Run, Sidecars, index_runs
-from keepstill.config import (
-    Config,
-    check_config,
-    filters_of,
-    read_schema,
-    settings_of,
-    with_absolute_paths,
-    with_types,
-)
+from keepstill.config import Config, effective_config, filters_of, settings_of
 from keepstill.errors import InputError, StageError
 from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
 from keepstill.settings import RealignSettings
@@ -190,10 +182,7 @@ def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
     SettingsError
         If the configuration has a key or value that is of no use.
     """
-    schema = read_schema(clone / "config" / "config.schema.yaml")
-    config = with_types(config, schema)
-    check_config(config, schema)
-    config = with_absolute_paths(config, given, clone)
+    config = effective_config(config, given, clone)
     bids_dir = Path(config["bids_dir"])
     return Study(
         bids_dir=bids_dir,

@@ -13,7 +13,7 @@ LAYERS = (
     ("files", "settings", "kernels"),
     ("geometry", "masks"),
     ("nifti", "bids", "lanes"),
-    ("manifest",),
+    ("manifest", "run_table"),
     ("stage",),
     ("read", "reference"),
     ("estimate", "reslice", "figures", "write"),

@@ -1,11 +1,13 @@
 """The workflow as a user calls it: what is done, what is not done again, what is told."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,15 +42,20 @@ class Place:
         return self.bids_dir / run[:6] / "func" / f"{run}_bold{ending}"
 
     def call(
-        self, *arguments: str, config: Iterable[str] = (), n_cores: int = 2
+        self,
+        *arguments: str,
+        config: Iterable[str] = (),
+        n_cores: int = 2,
+        table: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Snakemake in this place, from an environment that is not activated."""
+        source = f"runs={table}" if table else f"bids_dir={self.bids_dir.name}"
         command = [
             *(sys.executable, "-m", "snakemake", "--cores", str(n_cores)),
             *("--snakefile", str(CLONE / "Snakefile")),
             *("--workflow-profile", str(CLONE / "profiles" / "default")),
             *arguments,
-            *("--config", f"bids_dir={self.bids_dir.name}", f"output_dir={self.output_dir.name}"),
+            *("--config", source, f"output_dir={self.output_dir.name}"),
             *(f"stage_root={self.stage_root}", *config),
         ]
         environment = os.environ | {"PATH": os.defpath}
@@ -173,6 +180,51 @@ def test_one_core_needs_no_launcher(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     assert (place.output_dir / "manifests" / f"{FIRST}.json").is_file()
     assert not (place.output_dir / "index.html").exists()
+
+
+def test_runs_of_a_table_are_realigned(tmp_path: Path) -> None:
+    """Files with any name, some without a JSON, end in the folders and names that BIDS wants."""
+    place = Place(tmp_path)
+    place.source(FIRST).rename(tmp_path / "first run.nii.gz")
+    place.source(SECOND).rename(tmp_path / "two.nii.gz")
+    place.source(SECOND, ".json").rename(tmp_path / "note.json")
+    (tmp_path / "runs.tsv").write_text(
+        "path\tsubject\tsession\ttask\trun\tjson\n"
+        "first run.nii.gz\t7\n"
+        "two.nii.gz\tA1\tpre\theadturn\t1\tnote.json\n"
+    )
+    process = place.call(table="runs.tsv")
+    assert process.returncode == 0, process.stderr
+    names = ["sub-7_task-unnamed", "sub-A1_ses-pre_task-headturn_run-1"]
+    assert {line.split(": ")[1] for line in told(process) if "volumes" in line} == set(names)
+    first, second = (
+        json.loads((place.output_dir / folder / f"{name}_desc-hmc_bold.json").read_text())
+        for folder, name in zip(("sub-7/func", "sub-A1/ses-pre/func"), names, strict=True)
+    )
+    assert first["Sources"] == ["first run.nii.gz"]
+    assert (first["TaskName"], second["TaskName"]) == ("unnamed", "headturn")
+    described = json.loads((place.output_dir / "dataset_description.json").read_text())
+    assert not {"DatasetLinks", "SourceDatasets"} & described.keys()
+    for name in place.outputs():
+        assert str(tmp_path).encode() not in (place.output_dir / name).read_bytes()
+    errors = [entry for entry in bids_issues(place.output_dir) if entry["severity"] == "error"]
+    assert errors == []
+    again = place.call(table="runs.tsv")
+    assert told(again) == ["keepstill: 2 runs, all complete; nothing to do"]
+    (tmp_path / "note.json").write_text(json.dumps({"RepetitionTime": 2.5}))
+    changed = place.call("--dry-run", table="runs.tsv")
+    assert told(changed)[0] == "keepstill: 2 runs found, 1 complete, 1 to do"
+
+
+def bids_issues(folder: Path) -> list[dict[str, Any]]:
+    """What bids-validator-deno finds."""
+    validator = [sys.executable, "-c", "from bids_validator_deno import cli; cli()"]
+    command = [*validator, str(folder), "--format", "json"]
+    cache = {"DENO_DIR": str(folder.parent / "deno"), "DENO_NO_UPDATE_CHECK": "1"}
+    process = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | cache, check=False
+    )
+    return list(json.loads(process.stdout)["issues"]["issues"])
 
 
 def test_nothing_in_the_configuration_is_evaluated(tmp_path: Path) -> None:

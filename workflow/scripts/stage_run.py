@@ -15,12 +15,13 @@ def main() -> None:
     parser.add_argument("--bold", required=True, type=Path, metavar="FILE")
     parser.add_argument("--run", required=True, metavar="NAME")
     parser.add_argument("--bids-dir", default="", metavar="DIR", help="empty: no data set")
+    parser.add_argument("--sidecar", type=Path, metavar="FILE", help="of a run in no data set")
     parser.add_argument("--stage-dir", required=True, type=Path, metavar="DIR")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bids_dir = Path(args.bids_dir) if args.bids_dir else None
     try:
-        stage_run(args.bold, args.run, bids_dir, args.stage_dir)
+        stage_run(args.bold, args.run, bids_dir, args.stage_dir, args.sidecar)
     except KeepstillError as error:
         print(f"keepstill: {error}", file=sys.stderr)
         sys.exit(2)

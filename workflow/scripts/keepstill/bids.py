@@ -5,6 +5,7 @@ import difflib
 import itertools
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class Run:
         Label without ``ses-``.
     entities : dict
         Every entity of the name with its label as written: ``{"sub": "01", "run": "02", ...}``.
+    sidecar : Path or None
+        The one JSON of a run outside BIDS, which need not exist; None for a run of a data set,
+        whose sidecars are looked for.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Run:
     subject: str
     session: str | None
     entities: Mapping[str, str]
+    sidecar: Path | None = None
 
 
 class Sidecars:
@@ -68,7 +73,7 @@ class Sidecars:
             If a sidecar is not a JSON object.
         """
         if self.bids_dir is None or not path.is_relative_to(self.bids_dir):
-            beside = path.with_name(_stem(path.name) + ".json")
+            beside = sidecar_beside(path)
             return _read_object(beside) if beside.is_file() else {}
         wanted = _entities(path.name)
         merged: dict[str, Any] = {}
@@ -156,6 +161,17 @@ def sidecar_metadata(path: Path, bids_dir: Path | None = None) -> dict[str, Any]
     beside the file counts alone, and a file without one has no metadata.
     """
     return Sidecars(bids_dir or find_bids_dir(path)).metadata(path)
+
+
+def lone_metadata(sidecar: Path, run: str) -> dict[str, Any]:
+    """Metadata of a run outside BIDS: what its JSON says, if there is one, and its task's name."""
+    values = _read_object(sidecar) if os.path.lexists(sidecar) else {}
+    return {"TaskName": _entities(run)["task"]} | values
+
+
+def sidecar_beside(path: Path) -> Path:
+    """The JSON of the same name in the same folder, whether or not there is one."""
+    return path.with_name(_stem(path.name) + ".json")
 
 
 def find_bids_dir(path: Path) -> Path | None:

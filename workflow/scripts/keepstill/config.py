@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from keepstill.bids import FILTERS, Filters
 from keepstill.errors import SettingsError
 from keepstill.manifest import REFERENCES
+from keepstill.run_table import TABLE_ENDING
 from keepstill.settings import RealignSettings
 
 Config = Mapping[str, Any]
@@ -39,7 +40,10 @@ def effective_config(config: Config, given: Iterable[str], clone: Path) -> dict[
     schema = read_schema(clone / SCHEMA)
     config = with_types(config, schema)
     check_config(config, schema)
-    return with_absolute_paths(with_defaults(config, schema), given, clone)
+    effective = with_absolute_paths(with_defaults(config, schema), given, clone)
+    if run_table_of(effective):
+        del effective["bids_dir"]  # the table stands in its place
+    return effective
 
 
 def read_schema(path: Path) -> dict[str, Any]:
@@ -107,30 +111,14 @@ def with_absolute_paths(config: Config, given: Iterable[str], clone: Path) -> di
     ------
     SettingsError
         If the input is the caller's and the output directory that of the demo, if both are one,
-        or if Snakemake could not handle a path.
+        if there are two inputs, or if Snakemake could not handle a path.
     """
     given = set(given)
-    paths = [*PATHS]
-    if config["reference"] not in REFERENCES:
-        paths.append("reference")
     absolute = dict(config)
-    for name in paths:
+    for name in _paths_in(config):
         base = Path.cwd() if name in given else clone
-        absolute[name] = os.path.abspath(base / Path(config[name]).expanduser())
-    for name in ("output_dir", "stage_root"):
-        if set("{}") & set(absolute[name]):  # they are Snakemake's, and cannot be escaped there
-            raise SettingsError(f"config: {name}: {absolute[name]} has braces; choose another")
-    bids_dir, output_dir = Path(absolute["bids_dir"]), Path(absolute["output_dir"])
-    proposed = bids_dir / "derivatives" / "keepstill"
-    if "bids_dir" in given and "output_dir" not in given:
-        raise SettingsError(
-            f"config: bids_dir is given and output_dir is not; add it, such as "
-            f"output_dir={proposed}"
-        )
-    if bids_dir == output_dir:
-        raise SettingsError(
-            f"config: output_dir: {output_dir} is bids_dir too; choose another, such as {proposed}"
-        )
+        absolute[name] = os.path.abspath(base / os.path.expanduser(config[name]))
+    _refuse_places(absolute, given)
     return absolute
 
 
@@ -154,11 +142,21 @@ def settings_of(config: Config) -> RealignSettings:
     return RealignSettings.from_dict(_like(defaults, values))
 
 
+def run_table_of(config: Config) -> Path | None:
+    """The table that lists the runs; None if they are those of a data set."""
+    runs = config.get("runs")
+    if isinstance(runs, str) and runs.endswith(TABLE_ENDING):
+        return Path(runs)
+    return None
+
+
 def filters_of(config: Config) -> Filters:
     """The filters in a checked configuration; a single label stands for a list of one."""
     filters = {}
     for name in FILTERS:
         labels = config.get(name)
+        if name == "runs" and run_table_of(config):
+            labels = None
         filters[name] = [labels] if isinstance(labels, str | int) else labels
     return filters
 
@@ -176,6 +174,38 @@ def _validator(schema: Mapping[str, Any]) -> Any:
 
     checker = Draft202012Validator.TYPE_CHECKER.redefine("number", is_number)
     return extend(Draft202012Validator, type_checker=checker)(schema)
+
+
+def _paths_in(config: Config) -> Iterator[str]:
+    """Keys whose values are paths."""
+    yield from PATHS
+    if config["reference"] not in REFERENCES:
+        yield "reference"
+    if run_table_of(config):
+        yield "runs"
+
+
+def _refuse_places(config: Config, given: Collection[str]) -> None:
+    """Refuse absolute paths that would do harm or that nobody can have meant."""
+    for name in ("output_dir", "stage_root"):
+        if set("{}") & set(config[name]):  # they are Snakemake's, and cannot be escaped there
+            raise SettingsError(f"config: {name}: {config[name]} has braces; choose another")
+    source = "runs" if run_table_of(config) else "bids_dir"
+    if source == "runs" and {"runs", "bids_dir"} <= set(given):
+        raise SettingsError(
+            f"config: runs is a table, {config['runs']}, and bids_dir is given too; leave one out"
+        )
+    output_dir, folder = Path(config["output_dir"]), Path(config[source])
+    proposed = (folder.parent if source == "runs" else folder) / "derivatives" / "keepstill"
+    if source in given and "output_dir" not in given:
+        raise SettingsError(
+            f"config: {source} is given and output_dir is not; add it, such as "
+            f"output_dir={proposed}"
+        )
+    if output_dir == folder:
+        raise SettingsError(
+            f"config: output_dir: {output_dir} is {source} too; choose another, such as {proposed}"
+        )
 
 
 def _typed(value: Any, schema: Mapping[str, Any]) -> Any:

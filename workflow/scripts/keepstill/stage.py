@@ -23,6 +23,7 @@ from keepstill.bids import (
     bids_uri,
     derivative_folder,
     find_bids_dir,
+    lone_metadata,
     sidecar_metadata,
 )
 from keepstill.errors import InputError, StageError
@@ -41,7 +42,9 @@ _TR_TOLERANCE_S = 1e-3
 _log = logging.getLogger(__name__)
 
 
-def stage_run(source: Path, run: str, bids_dir: Path | None, stage_dir: Path) -> None:
+def stage_run(
+    source: Path, run: str, bids_dir: Path | None, stage_dir: Path, sidecar: Path | None = None
+) -> None:
     """Bring a run into its stage directory and say what was found.
 
     Makes ``bold.nii`` (uncompressed), ``realigned.raw`` (room for the result) and, last,
@@ -59,6 +62,9 @@ def stage_run(source: Path, run: str, bids_dir: Path | None, stage_dir: Path) ->
         If None they lie flat, and sidecars are looked for in the data set above the file, if any.
     stage_dir : Path
         The run's own folder; made if need be, for this user alone.
+    sidecar : Path, optional
+        JSON of a run that a table lists, which need not exist. Such a run is part of no data set,
+        but its outputs go to a folder by its name.
 
     Raises
     ------
@@ -68,10 +74,11 @@ def stage_run(source: Path, run: str, bids_dir: Path | None, stage_dir: Path) ->
         If there is no room anywhere.
     """
     source = Path(os.path.abspath(source))
-    folder = derivative_folder(run).as_posix() if bids_dir else ""
-    bids_dir = Path(os.path.abspath(bids_dir)) if bids_dir else find_bids_dir(source)
+    folder = derivative_folder(run).as_posix() if bids_dir or sidecar else ""
+    if not sidecar:
+        bids_dir = Path(os.path.abspath(bids_dir)) if bids_dir else find_bids_dir(source)
     stage_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    metadata = sidecar_metadata(source, bids_dir)
+    metadata = lone_metadata(sidecar, run) if sidecar else sidecar_metadata(source, bids_dir)
     stamp = _checked_stamp(source, run)
     chunks = _Chunks(source, run)
     layout = parse_layout(chunks.peek(HEADER_BYTES), run)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import runs
+from keepstill.bids import Origin
 from keepstill.errors import InputError, StageError
 from keepstill.read import open_staged
 from keepstill.stage import STAGED, remove_stage, stage_run
@@ -223,7 +224,7 @@ def test_a_run_of_a_table_has_its_own_json_and_no_data_set(tmp_path):
     note = tmp_path / "note.json"
     note.write_text(json.dumps({"RepetitionTime": 2.0}))
     stage_dir = tmp_path / "stage" / "run"
-    stage_run(good(tmp_path), "sub-7_ses-1_task-x", None, stage_dir, note)
+    stage_run(good(tmp_path), "sub-7_ses-1_task-x", Origin(sidecar=note), stage_dir)
     found = json.loads((stage_dir / STAGED).read_text())
     assert found["folder"] == "sub-7/ses-1/func"
     assert found["bids_dir"] is None

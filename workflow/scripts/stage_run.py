@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+from keepstill.bids import Origin
 from keepstill.errors import KeepstillError
 from keepstill.stage import stage_run
 
@@ -21,7 +22,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bids_dir = Path(args.bids_dir) if args.bids_dir else None
     try:
-        stage_run(args.bold, args.run, bids_dir, args.stage_dir, args.sidecar)
+        stage_run(args.bold, args.run, Origin(bids_dir, args.sidecar), args.stage_dir)
     except KeepstillError as error:
         print(f"keepstill: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,6 +19,9 @@ FILTERS = {"participants": "sub", "sessions": "ses", "tasks": "task", "runs": "r
 DESCRIPTION = "dataset_description.json"
 MAX_SHOWN = 12  # names in an error's line
 
+for _library in ("bids2table", "bidsschematools"):  # what they tell is not for our users
+    logging.getLogger(_library).setLevel(logging.ERROR)
+
 Filters = Mapping[str, Sequence[str | int] | None]
 
 
@@ -49,6 +52,39 @@ class Run:
     session: str | None
     entities: Mapping[str, str]
     sidecar: Path | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run is part of.
+
+    Attributes
+    ----------
+    bids_dir : Path or None
+        Root of its data set.
+    sidecar : Path or None
+        The JSON of a run that a table lists, which need not exist. Such a run is part of no data
+        set, wherever it lies.
+    """
+
+    bids_dir: Path | None = None
+    sidecar: Path | None = None
+
+    def folder(self, run: str) -> str:
+        """Folder of the run's outputs; none for a run that is part of no study."""
+        return derivative_folder(run).as_posix() if self.bids_dir or self.sidecar else ""
+
+    def data_set(self, source: Path) -> Path | None:
+        """Root of the data set that sidecars are looked for in, absolute; None if in none."""
+        if self.sidecar:
+            return None
+        return Path(os.path.abspath(self.bids_dir)) if self.bids_dir else find_bids_dir(source)
+
+    def metadata(self, source: Path, run: str) -> dict[str, Any]:
+        """What the run's sidecars say."""
+        if self.sidecar:
+            return lone_metadata(self.sidecar, run)
+        return sidecar_metadata(source, self.data_set(source))
 
 
 class Sidecars:
@@ -239,7 +275,6 @@ def _bold_paths(bids_dir: Path) -> list[Path]:
         )
     from bids2table import index_dataset
 
-    logging.getLogger("bids2table").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="keepstill-") as scratch:
         link = Path(scratch) / "study"
         link.symlink_to(bids_dir.absolute(), target_is_directory=True)

@@ -19,13 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from isal import isal_zlib
 
-from keepstill.bids import (
-    bids_uri,
-    derivative_folder,
-    find_bids_dir,
-    lone_metadata,
-    sidecar_metadata,
-)
+from keepstill.bids import Origin, bids_uri
 from keepstill.errors import InputError, StageError
 from keepstill.files import put_private
 from keepstill.manifest import stamp_of
@@ -42,9 +36,7 @@ _TR_TOLERANCE_S = 1e-3
 _log = logging.getLogger(__name__)
 
 
-def stage_run(
-    source: Path, run: str, bids_dir: Path | None, stage_dir: Path, sidecar: Path | None = None
-) -> None:
+def stage_run(source: Path, run: str, origin: Origin | None, stage_dir: Path) -> None:
     """Bring a run into its stage directory and say what was found.
 
     Makes ``bold.nii`` (uncompressed), ``realigned.raw`` (room for the result) and, last,
@@ -57,14 +49,11 @@ def stage_run(
         ``.nii`` or ``.nii.gz``.
     run : str
         The run's name.
-    bids_dir : Path or None
-        Root of the data set that the run is part of: its outputs go to a folder of the same name.
+    origin : Origin or None
+        Data set or table that the run is part of: its outputs go to a folder of the same name.
         If None they lie flat, and sidecars are looked for in the data set above the file, if any.
     stage_dir : Path
         The run's own folder; made if need be, for this user alone.
-    sidecar : Path, optional
-        JSON of a run that a table lists, which need not exist. Such a run is part of no data set,
-        but its outputs go to a folder by its name.
 
     Raises
     ------
@@ -74,11 +63,10 @@ def stage_run(
         If there is no room anywhere.
     """
     source = Path(os.path.abspath(source))
-    folder = derivative_folder(run).as_posix() if bids_dir or sidecar else ""
-    if not sidecar:
-        bids_dir = Path(os.path.abspath(bids_dir)) if bids_dir else find_bids_dir(source)
+    origin = origin or Origin()
+    bids_dir = origin.data_set(source)
     stage_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    metadata = lone_metadata(sidecar, run) if sidecar else sidecar_metadata(source, bids_dir)
+    metadata = origin.metadata(source, run)
     stamp = _checked_stamp(source, run)
     chunks = _Chunks(source, run)
     layout = parse_layout(chunks.peek(HEADER_BYTES), run)
@@ -95,7 +83,7 @@ def stage_run(
         _log.warning("%s", warning)
     found = {
         "run": run,
-        "folder": folder,
+        "folder": origin.folder(run),
         "source": str(source),
         "source_uri": bids_uri(source, bids_dir) if bids_dir else source.name,
         "bids_dir": str(bids_dir) if bids_dir else None,

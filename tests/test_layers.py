@@ -22,6 +22,7 @@ LAYERS = (
     ("ranks", "warm"),
     ("config",),
     ("config_files", "study"),
+    ("preflight",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

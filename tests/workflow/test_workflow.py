@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from keepstill.config_files import load_config
+from keepstill.preflight import study_needs
+from keepstill.study import read_study
+
 CLONE = Path(__file__).parents[2]
 FIRST, SECOND = "sub-01_task-rest", "sub-02_task-headturn"
 RUNS = {
@@ -78,6 +82,18 @@ def told(process: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in process.stderr.splitlines() if line.startswith("keepstill: ")]
 
 
+def assert_preflight(lines: list[str], place: Place) -> None:
+    """What is told before two runs are started."""
+    found, output, memory, time = lines
+    assert found == "keepstill: 2 runs found, 0 complete, 2 to do"
+    size = r"less than 0\.01 GB"
+    assert re.match(rf"keepstill: output: {size}, [\d,.]+ GB free in ", output)
+    assert output.endswith(f" in {place.output_dir}")
+    assert re.match(rf"keepstill: shared memory: {size} a lane, [\d,.]+ GB free in ", memory)
+    assert memory.endswith(f" in {place.stage_root}")
+    assert re.fullmatch(r"keepstill: time: about \d\.\d CPU minutes", time)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[str]]:
     """A study that was realigned, and what was told."""
@@ -89,15 +105,24 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[str]]:
 
 def test_a_study_is_realigned(done: tuple[Place, list[str]]) -> None:
     place, lines = done
-    assert lines[0] == "keepstill: 2 runs found, 0 complete, 2 to do"
-    assert {line.split(": ")[1] for line in lines[1:3]} == {FIRST, SECOND}
-    assert lines[3:] == [f"keepstill: all complete in {place.output_dir}"]
+    assert_preflight(lines[:4], place)
+    assert {line.split(": ")[1] for line in lines[4:6]} == {FIRST, SECOND}
+    assert lines[6:] == [f"keepstill: all complete in {place.output_dir}"]
     for run in RUNS:
         folder = place.output_dir / run[:6] / "func"
         assert (folder / f"{run}_desc-hmc_bold.nii.gz").is_file()
         for made in (f"manifests/{run}.json", f"figures/{run}.svg", f"pages/{run}.html"):
             assert (place.output_dir / made).is_file()
     assert (place.output_dir / "index.html").is_file()
+
+
+def test_the_outputs_fit_into_what_was_foretold(done: tuple[Place, list[str]]) -> None:
+    place, _ = done
+    entries = [f"bids_dir={place.bids_dir}", f"output_dir={place.output_dir}"]
+    study = read_study(*load_config([], entries, CLONE), CLONE)
+    foretold = study_needs(study, study.runs).output_bytes
+    written = sum((place.output_dir / name).stat().st_size for name in place.outputs())
+    assert 0.4 * foretold < written < foretold
 
 
 def test_nothing_stays_behind(done: tuple[Place, list[str]]) -> None:
@@ -308,6 +333,6 @@ def test_a_wrong_configuration_is_one_line(fresh: Place, config: str, words: str
 def test_a_dry_run_changes_nothing(fresh: Place) -> None:
     process = fresh.call("--dry-run")
     assert process.returncode == 0, process.stderr
-    assert told(process) == ["keepstill: 2 runs found, 0 complete, 2 to do"]
+    assert_preflight(told(process), fresh)
     assert not fresh.output_dir.exists()
     assert not list(fresh.stage_root.iterdir())

@@ -1,4 +1,4 @@
-"""The command line: ``keepstill realign``, ``config``, ``warm``."""
+"""The command line: ``keepstill realign``, ``plan``, ``config``, ``warm``."""
 
 import argparse
 import logging
@@ -43,6 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_realign_arguments(realign)
     realign.set_defaults(command=_realign)
+    plan = commands.add_parser(
+        "plan",
+        help="say what of a study is to do and what it will take",
+        description="Say how many runs of a study are found, complete and to do, and what those "
+        "to do will take: GB of output, shared memory a lane, CPU minutes. Nothing is started. "
+        "The configuration is given as to keepstill config.",
+    )
+    _add_config_arguments(plan)
+    plan.set_defaults(command=_plan)
     config = commands.add_parser(
         "config",
         help="print the configuration that a study would be realigned with",
@@ -187,6 +196,17 @@ def _given_config(args: argparse.Namespace) -> tuple[dict[str, Any], frozenset[s
     entries = [given for given in args.given if Path(given) not in files]
     clone = find_clone()
     return *load_config(files, [*entries, *args.entries], clone), clone
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Print what is to do and what it will take."""
+    from keepstill.preflight import preflight
+    from keepstill.study import read_study
+
+    study = read_study(*_given_config(args))
+    for line in preflight(study, study.make_plan()):
+        print(line, flush=True)
+    return 0
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 
 import phantom
+from keepstill.bids import Origin
 from keepstill.collect import collect_run
 from keepstill.ranks import join_world, realign_staged
 from keepstill.realign import Crew
@@ -77,7 +78,8 @@ def write_stored(path: Path, data, affine, kind=nib.Nifti1Header, scaling=(1, 0)
 def collected(source: Path, out: Path, settings: RealignSettings, bids_dir=None, **found) -> Path:
     """Stage, realign and collect a run, as if staging had found what `found` says."""
     stage_dir = out.with_name(f"{out.name}-stage")
-    stage_run(source, source.name.split("_bold")[0], bids_dir, stage_dir)
+    origin = None if bids_dir is None else Origin(bids_dir)
+    stage_run(source, source.name.split("_bold")[0], origin, stage_dir)
     staged = json.loads((stage_dir / STAGED).read_text()) | found
     (stage_dir / STAGED).write_text(json.dumps(staged))
     realign_staged(stage_dir, settings, join_world(), Crew())

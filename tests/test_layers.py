@@ -13,7 +13,7 @@ LAYERS = (
     ("files", "settings", "kernels"),
     ("geometry", "masks", "smooth", "survey"),
     ("nifti", "bids", "lanes"),
-    ("manifest",),
+    ("manifest", "run_table"),
     ("stage",),
     ("read", "reference"),
     ("estimate", "reslice", "figures", "maps", "write", "realigned"),
@@ -23,7 +23,8 @@ LAYERS = (
     ("realign",),
     ("ranks", "warm", "progress"),
     ("config",),
-    ("study",),
+    ("config_files", "study"),
+    ("preflight",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -91,7 +91,11 @@ def test_filters(made: Path, filters: bids.Filters, expected: list[str]) -> None
         ({"participants": ["x"]}, "participants: no run has x; choose from those found"),
         ({"tasks": ["nbak"]}, "did you mean nback? (found: mag, nback, rest)"),
         ({"participants": ["2"]}, "did you mean 02?"),
-        ({"participants": ["01"], "tasks": ["rest"]}, "4 runs found, 3 left before tasks rest"),
+        (
+            {"participants": ["01"], "tasks": ["rest"]},
+            "4 runs found, 3 left before tasks rest, none after; widen that filter (left were: "
+            "sub-01_ses-a_task-mag_part-mag, sub-01_ses-a_task-nback_run-01, ",
+        ),
     ],
 )
 def test_filters_that_leave_nothing_say_which(
@@ -114,15 +118,30 @@ def test_a_folder_that_is_no_study(tmp_path: Path) -> None:
 
 
 def test_a_study_without_bold(tmp_path: Path) -> None:
-    study = make(tmp_path / "study", "sub-01_T1w.nii.gz")
-    with pytest.raises(InputError, match="no run found"):
+    study = make(tmp_path / "study", "sub-01_T1w.nii.gz", "sub-02_T1w.nii.gz", "sub-02_T2w.nii")
+    with pytest.raises(InputError, match=r"no run found \(images found: 2 T1w, 1 T2w\); needs"):
+        bids.index_runs(study)
+
+
+def test_a_study_of_phase_alone(tmp_path: Path) -> None:
+    study = make(tmp_path / "study", "sub-01_task-rest_part-phase" + BOLD)
+    with pytest.raises(InputError, match=r"only phase images found \(1, part-phase\)"):
         bids.index_runs(study)
 
 
 def test_one_name_for_two_files(made: Path) -> None:
     make(made, "sub-02_task-rest_bold.nii")
-    with pytest.raises(InputError, match="sub-02_task-rest: two files found"):
+    both = r"sub-02_task-rest: two files found, \S+_bold\.nii\S* and \S+_bold\.nii\S*; remove one"
+    with pytest.raises(InputError, match=both):
         bids.index_runs(made)
+    make(made, "sub-01_ses-b_task-nback_run-02_bold.nii")
+    with pytest.raises(InputError, match=r"run-02: two files found, .* \(first of 2 such runs\)"):
+        bids.index_runs(made)
+
+
+def test_two_files_of_a_run_that_is_not_wanted_do_no_harm(made: Path) -> None:
+    make(made, "sub-02_task-rest_bold.nii")
+    assert len(bids.index_runs(made, {"participants": ["01"]})) == 3
 
 
 def test_sidecars_are_inherited_the_nearer_the_stronger(made: Path) -> None:

@@ -39,13 +39,23 @@ def test_the_shipped_configuration_is_the_engine_s_defaults() -> None:
     assert {setting.name for setting in fields(RealignSettings)} <= set(SHIPPED)
 
 
-def test_every_key_is_explained() -> None:
-    readme = (CONFIG / "README.md").read_text(encoding="utf-8")
-    for name, schema in leaves(SCHEMA["properties"]).items():
-        assert f"| `{name}` |" in readme
-        assert schema["description"] and schema["needs"]
-        if name.endswith("_mm"):
-            assert schema["unit"] == "mm"
+@pytest.mark.parametrize(("name", "schema"), leaves(SCHEMA["properties"]).items())
+def test_every_key_is_explained(name: str, schema: dict[str, Any]) -> None:
+    assert schema["description"] and schema["needs"]
+    assert "default" in schema
+    assert schema["unit"] == "mm" or not name.endswith("_mm")
+    assert schema["unit"] == "voxels" or not name.endswith("_voxels")
+    if schema.get("type") in ("number", "integer"):
+        assert "maximum" in schema and {"minimum", "exclusiveMinimum"} & schema.keys()
+    readme = (CONFIG / "README.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in readme if line.startswith(f"| `{name}` |"))
+    _, _, unit, default, explained, _ = (cell.strip() for cell in row.split("|"))
+    assert unit == schema["unit"] or schema["unit"] in ("label", "none")
+    shown = {None: "null", True: "true", False: "false"}.get(schema["default"], str(schema["default"]))
+    assert default.startswith(f"`{shown}`")
+    bounds = (schema.get(bound) for bound in ("minimum", "exclusiveMinimum", "maximum"))
+    allowed = [*schema.get("enum", ()), *(bound for bound in bounds if bound is not None)]
+    assert all(str(value) in explained for value in allowed)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +64,13 @@ def test_every_key_is_explained() -> None:
         ({"participant": ["01"]}, "'participant' is unknown; did you mean participants?"),
         ({"zzz": 1}, "'zzz' is unknown; known: affine_source"),
         ({"estimate": {"degre": 3}}, "estimate: 'degre' is unknown; did you mean degree?"),
+        ({"degre": 3}, "'degre' is unknown; did you mean degree in estimate?"),
         ({"interpolation_degree": 9}, "interpolation_degree: 9 found; needs a whole number from 1"),
         ({"interpolation_degree": 2.5}, "interpolation_degree: 2.5 found"),
         ({"fd_radius_mm": 0}, "fd_radius_mm: 0 found; needs a number of mm above 0"),
+        ({"fd_radius_mm": float("nan")}, "fd_radius_mm: nan found; needs a number of mm"),
+        ({"fd_outlier_mm": float("inf")}, "fd_outlier_mm: inf found; needs a number of mm"),
+        ({"estimate": {"tolerance_mm": "1 mm"}}, "estimate: tolerance_mm: '1 mm' found; needs"),
         ({"output_dtype": "int8"}, "output_dtype: 'int8' found; needs float32 or int16"),
         ({"output_desc": "a_b"}, "output_desc: 'a_b' found; needs letters and digits only"),
         ({"participants": 1}, "participants: 1 found; needs labels in quotes"),
@@ -71,6 +85,13 @@ def test_a_misfit_is_one_line(changed: dict[str, Any], words: str) -> None:
         engine_config.check_config(SHIPPED | changed, SCHEMA)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_left_out_has_its_default() -> None:
+    less = {name: value for name, value in SHIPPED.items() if name not in ("pages", "estimate")}
+    assert engine_config.with_defaults(less, SCHEMA) == SHIPPED
+    some = engine_config.with_defaults(less | {"estimate": {"degree": 3}}, SCHEMA)
+    assert some["estimate"] == SHIPPED["estimate"] | {"degree": 3}
 
 
 def test_a_missing_key() -> None:

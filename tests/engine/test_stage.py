@@ -11,6 +11,7 @@ import pytest
 
 import inputs
 import runs
+from keepstill.bids import Origin
 from keepstill.errors import InputError, StageError
 from keepstill.read import open_staged
 from keepstill.stage import STAGED, remove_stage, stage_run
@@ -121,3 +122,18 @@ def test_no_room_overflows_to_disk_and_says_so(tmp_path, monkeypatch, caplog):
     assert str(run.realigned_path).startswith(str(spare))
     remove_stage(stage_dir)
     assert list(spare.iterdir()) == [] and not stage_dir.exists()
+
+
+def test_a_run_of_a_table_has_its_own_json_and_no_data_set(tmp_path):
+    """A data set above the file is not the run's: the table says what it is."""
+    (tmp_path / "dataset_description.json").write_text("{}")
+    note = tmp_path / "note.json"
+    note.write_text(json.dumps({"RepetitionTime": 2.0}))
+    stage_dir = tmp_path / "stage" / "run"
+    stage_run(inputs.good(tmp_path), "sub-7_ses-1_task-x", Origin(sidecar=note), stage_dir)
+    found = json.loads((stage_dir / STAGED).read_text())
+    assert found["folder"] == "sub-7/ses-1/func"
+    assert found["bids_dir"] is None
+    assert found["source_uri"] == "a_bold.nii.gz"
+    assert found["metadata"] == {"RepetitionTime": 2.0, "TaskName": "x"}
+    assert not found["warnings"]

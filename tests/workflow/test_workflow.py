@@ -9,9 +9,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from keepstill.config_files import load_config
+from keepstill.preflight import study_needs
+from keepstill.study import read_study
 from validator import validate
 
 CLONE = Path(__file__).parents[2]
@@ -45,15 +49,20 @@ class Place:
         return self.bids_dir / run[:6] / "func" / f"{run}_bold{ending}"
 
     def call(
-        self, *arguments: str, config: Iterable[str] = (), n_cores: int = 2
+        self,
+        *arguments: str,
+        config: Iterable[str] = (),
+        n_cores: int = 2,
+        table: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Snakemake in this place, from an environment that is not activated."""
+        source = f"runs={table}" if table else f"bids_dir={self.bids_dir.name}"
         command = [
             *(sys.executable, "-m", "snakemake", "--cores", str(n_cores)),
             *("--snakefile", str(CLONE / "Snakefile")),
             *("--workflow-profile", str(CLONE / "profiles" / "default")),
             *arguments,
-            *("--config", f"bids_dir={self.bids_dir.name}", f"output_dir={self.output_dir.name}"),
+            *("--config", source, f"output_dir={self.output_dir.name}"),
             *(f"stage_root={self.stage_root}", *config),
         ]
         environment = os.environ | {"PATH": os.defpath}
@@ -76,6 +85,18 @@ def told(process: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in process.stderr.splitlines() if line.startswith("keepstill: ")]
 
 
+def assert_preflight(lines: list[str], place: Place) -> None:
+    """What is told before two runs are started."""
+    found, output, memory, time = lines
+    assert found == "keepstill: 2 runs found, 0 complete, 2 to do"
+    size = r"less than 0\.01 GB"
+    assert re.match(rf"keepstill: output: {size}, [\d,.]+ GB free in ", output)
+    assert output.endswith(f" in {place.output_dir}")
+    assert re.match(rf"keepstill: shared memory: {size} a lane, [\d,.]+ GB free in ", memory)
+    assert memory.endswith(f" in {place.stage_root}")
+    assert re.fullmatch(r"keepstill: time: about \d\.\d CPU minutes", time)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[str]]:
     """A study that was realigned, and what was told."""
@@ -87,9 +108,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[str]]:
 
 def test_a_study_is_realigned(done: tuple[Place, list[str]]) -> None:
     place, lines = done
-    assert lines[0] == "keepstill: 2 runs found, 0 complete, 2 to do"
-    assert {line.split(": ")[1] for line in lines[1:3]} == {FIRST, SECOND}
-    assert lines[3:] == [f"keepstill: all complete in {place.output_dir}"]
+    assert_preflight(lines[:4], place)
+    assert {line.split(": ")[1] for line in lines[4:6]} == {FIRST, SECOND}
+    assert lines[6:] == [f"keepstill: all complete in {place.output_dir}"]
     for run in RUNS:
         folder = place.output_dir / run[:6] / "func"
         assert (folder / f"{run}_desc-hmc_bold.nii.gz").is_file()
@@ -166,6 +187,15 @@ def test_the_command_line_makes_the_same_bytes(
         outputs = manifest["outputs"].items()
         manifest["outputs"] = {path.rpartition("/")[2]: stamp for path, stamp in outputs}
     assert manifests[0] == manifests[1]
+
+
+def test_the_outputs_fit_into_what_was_foretold(done: tuple[Place, list[str]]) -> None:
+    place, _ = done
+    entries = [f"bids_dir={place.bids_dir}", f"output_dir={place.output_dir}"]
+    study = read_study(*load_config([], entries, CLONE), CLONE)
+    foretold = study_needs(study, study.runs).output_bytes
+    written = sum((place.output_dir / name).stat().st_size for name in place.outputs())
+    assert 0.4 * foretold < written < foretold
 
 
 def test_nothing_stays_behind(done: tuple[Place, list[str]]) -> None:
@@ -251,6 +281,72 @@ def test_one_core_needs_no_launcher(tmp_path: Path) -> None:
     assert not (place.output_dir / "index.html").exists()
 
 
+def test_runs_of_a_table_are_realigned(tmp_path: Path) -> None:
+    """Files with any name, some without a JSON, end in the folders and names that BIDS wants."""
+    place = Place(tmp_path)
+    place.source(FIRST).rename(tmp_path / "first run.nii.gz")
+    place.source(SECOND).rename(tmp_path / "two.nii.gz")
+    place.source(SECOND, ".json").rename(tmp_path / "note.json")
+    (tmp_path / "runs.tsv").write_text(
+        "path\tsubject\tsession\ttask\trun\tjson\n"
+        "first run.nii.gz\t7\n"
+        "two.nii.gz\tA1\tpre\theadturn\t1\tnote.json\n"
+    )
+    process = place.call(table="runs.tsv")
+    assert process.returncode == 0, process.stderr
+    names = ["sub-7_task-unnamed", "sub-A1_ses-pre_task-headturn_run-1"]
+    assert {line.split(": ")[1] for line in told(process) if "volumes" in line} == set(names)
+    first, second = (
+        json.loads((place.output_dir / folder / f"{name}_desc-hmc_bold.json").read_text())
+        for folder, name in zip(("sub-7/func", "sub-A1/ses-pre/func"), names, strict=True)
+    )
+    assert first["Sources"][0] == "first run.nii.gz"
+    assert (first["TaskName"], second["TaskName"]) == ("unnamed", "headturn")
+    described = json.loads((place.output_dir / "dataset_description.json").read_text())
+    assert not {"DatasetLinks", "SourceDatasets"} & described.keys()
+    for name in place.outputs():
+        assert str(tmp_path).encode() not in (place.output_dir / name).read_bytes()
+    errors = [entry for entry in bids_issues(place.output_dir) if entry["severity"] == "error"]
+    assert errors == []
+    again = place.call(table="runs.tsv")
+    assert told(again) == ["keepstill: 2 runs, all complete; nothing to do"]
+    (tmp_path / "note.json").write_text(json.dumps({"RepetitionTime": 2.5}))
+    changed = place.call("--dry-run", table="runs.tsv")
+    assert told(changed)[0] == "keepstill: 2 runs found, 1 complete, 1 to do"
+
+
+def bids_issues(folder: Path) -> list[dict[str, Any]]:
+    """What bids-validator-deno finds."""
+    validator = [sys.executable, "-c", "from bids_validator_deno import cli; cli()"]
+    command = [*validator, str(folder), "--format", "json"]
+    cache = {"DENO_DIR": str(folder.parent / "deno"), "DENO_NO_UPDATE_CHECK": "1"}
+    process = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | cache, check=False
+    )
+    return list(json.loads(process.stdout)["issues"]["issues"])
+
+
+def test_nothing_in_the_configuration_is_evaluated(tmp_path: Path) -> None:
+    place = Place(tmp_path, [FIRST])
+    place.bids_dir = place.bids_dir.rename(tmp_path / "$(touch trap);touch trap;'`touch trap`")
+    place.output_dir = tmp_path / 'a $(touch trap) & touch trap | " __import__("os")'
+    process = place.call(config=["pages=false"], n_cores=1)
+    assert process.returncode == 0, process.stderr
+    assert (place.output_dir / "manifests" / f"{FIRST}.json").is_file()
+    assert not [*tmp_path.rglob("trap"), *CLONE.glob("trap")]
+
+
+def test_a_template_is_refused(tmp_path: Path) -> None:
+    place = Place(tmp_path, [FIRST])
+    (tmp_path / "own.yaml").write_text("__use_yte__: true\ntasks: ?['rest']\n")
+    process = place.call("--dry-run", "--configfile", "own.yaml")
+    assert process.returncode == 2
+    assert told(process) == [
+        f"keepstill: config: {tmp_path}/own.yaml: templates are not for keepstill; "
+        "remove __use_yte__ and write the values themselves"
+    ]
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A study that nothing is done to."""
@@ -311,6 +407,6 @@ def test_a_wrong_configuration_is_one_line(fresh: Place, config: str, words: str
 def test_a_dry_run_changes_nothing(fresh: Place) -> None:
     process = fresh.call("--dry-run")
     assert process.returncode == 0, process.stderr
-    assert told(process) == ["keepstill: 2 runs found, 0 complete, 2 to do"]
+    assert_preflight(told(process), fresh)
     assert not fresh.output_dir.exists()
     assert not list(fresh.stage_root.iterdir())

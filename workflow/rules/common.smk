@@ -1,7 +1,6 @@
 # What all steps share: the study, what is to do, names of files, the ranks' command.
 import atexit
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -13,8 +12,11 @@ RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
 CLONE, SCRIPTS = RULES.parents[1], RULES.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from keepstill.config_files import refuse_templates
 from keepstill.errors import KeepstillError
+from keepstill.lanes import launch_command
 from keepstill.manifest import manifest_path
+from keepstill.preflight import preflight
 from keepstill.study import Plan, clear_stage, hold_stage, plan_study, read_study
 
 STARTED_S = time.time()
@@ -44,8 +46,10 @@ def read_plan():
     if not workflow.is_main_process:
         HELD.append(or_refuse(hold_stage, STUDY))
         return Plan((), (), False)
+    or_refuse(refuse_templates, map(Path, workflow.configfiles))
     plan = plan_study(STUDY)
-    tell(plan.in_words(len(STUDY.runs)))
+    for line in preflight(STUDY, plan):
+        tell(line)
     return plan
 
 
@@ -110,12 +114,8 @@ def threads_per_rank(wildcards, threads, resources):
 
 
 def rank_command(wildcards, resources):
-    """What a rank's script is put behind: one rank needs no launcher, and no mpi4py."""
-    n_ranks = rank_count(wildcards, resources)
-    if n_ranks == 1:
-        return ["python"]
-    launcher = [*shlex.split(resources.mpi), "-n", str(n_ranks)]
-    return [*launcher, *shlex.split(resources.get("mpi_args", "")), "python", "-m", "mpi4py"]
+    launcher, flags = resources.get("mpi", ""), resources.get("mpi_args", "")
+    return launch_command(launcher, flags, rank_count(wildcards, resources))
 
 
 def collected_flag(wildcards):

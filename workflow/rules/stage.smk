@@ -15,11 +15,10 @@ rule stage:
         guard=script("guard.sh"),
         script=script("stage_run.py"),
         bold=lambda wildcards: str(STUDY.runs[wildcards.run].source),
-        bids_dir=lambda wildcards: str(STUDY.bids_dir),
+        origin=lambda wildcards: STUDY.origin(wildcards.run),
         stage_dir=stage_dir,
         settings=settings,
     shell:
         "bash {params.guard:q} {log:q} {params.stage_dir:q} "
         "python {params.script:q} --bold {params.bold:q} --run {wildcards.run:q} "
-        "--bids-dir {params.bids_dir:q} --stage-dir {params.stage_dir:q} "
-        "--settings {params.settings:q}"
+        "{params.origin:q} --stage-dir {params.stage_dir:q} --settings {params.settings:q}"

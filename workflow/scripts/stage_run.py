@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+from keepstill.bids import Origin
 from keepstill.errors import KeepstillError
 from keepstill.settings import RealignSettings
 from keepstill.stage import stage_run
@@ -16,6 +17,7 @@ def main() -> None:
     parser.add_argument("--bold", required=True, type=Path, metavar="FILE")
     parser.add_argument("--run", required=True, metavar="NAME")
     parser.add_argument("--bids-dir", default="", metavar="DIR", help="empty: no data set")
+    parser.add_argument("--sidecar", type=Path, metavar="FILE", help="of a run in no data set")
     parser.add_argument("--stage-dir", required=True, type=Path, metavar="DIR")
     parser.add_argument("--settings", required=True, metavar="JSON")
     args = parser.parse_args()
@@ -23,7 +25,8 @@ def main() -> None:
     bids_dir = Path(args.bids_dir) if args.bids_dir else None
     try:
         settings = RealignSettings.from_json(args.settings)
-        stage_run(args.bold, args.run, bids_dir, args.stage_dir, settings)
+        origin = Origin(bids_dir, args.sidecar)
+        stage_run(args.bold, args.run, origin, args.stage_dir, settings)
     except KeepstillError as error:
         print(f"keepstill: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""The command line: ``keepstill realign``, ``keepstill warm``."""
+"""The command line: ``keepstill realign``, ``plan``, ``config``, ``warm``."""
 
 import argparse
 import contextlib
@@ -26,7 +26,15 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _end)  # so that what is staged goes
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="keepstill: %(message)s", stream=sys.stderr)
-    sys.exit(args.command(args))
+    try:
+        status = args.command(args)
+        sys.stdout.flush()
+    except KeepstillError as error:
+        print(f"keepstill: {error}", file=sys.stderr)
+        status = 2
+    except BrokenPipeError:  # the reader has seen enough; nothing more can be said
+        os._exit(1)
+    sys.exit(status)
 
 
 def _end(number: int, frame: object) -> None:
@@ -42,6 +50,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_realign_arguments(realign)
     realign.set_defaults(command=_realign)
+    plan = commands.add_parser(
+        "plan",
+        help="say what of a study is to do and what it will take",
+        description="Say how many runs of a study are found, complete and to do, and what those "
+        "to do will take: GB of output, shared memory a lane, CPU minutes. Nothing is started. "
+        "The configuration is given as to keepstill config.",
+    )
+    _add_config_arguments(plan)
+    plan.set_defaults(command=_plan)
+    config = commands.add_parser(
+        "config",
+        help="print the configuration that a study would be realigned with",
+        description="Check a configuration and print it, complete and with absolute paths, as "
+        "YAML. The rules are those of snakemake --configfile FILE --config KEY=VALUE.",
+    )
+    _add_config_arguments(config)
+    config.set_defaults(command=_config)
     warm = commands.add_parser(
         "warm", help="compile the kernels, once", description="Compile the kernels, once."
     )
@@ -118,6 +143,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        "--configfile",
+        dest="given",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a configuration of your own, YAML; may be repeated, the last one counts most",
+    )
+    parser.add_argument(
+        "entries", nargs="*", metavar="KEY=VALUE", help="a value, such as tasks=rest"
+    )
+
+
 def _realign(args: argparse.Namespace) -> int:
     from keepstill.ranks import run_in_world
 
@@ -171,6 +211,39 @@ def _stage(
     return stage_dir
 
 
+def _given_config(args: argparse.Namespace) -> tuple[dict[str, Any], frozenset[str], Path]:
+    """The configuration that was asked for, the keys that were given, and the clone."""
+    from keepstill.config_files import find_clone, load_config
+
+    # As with Snakemake, --config may stand before KEY=VALUE as well.
+    files = [Path(given) for given in args.given if "=" not in given or Path(given).is_file()]
+    entries = [given for given in args.given if Path(given) not in files]
+    clone = find_clone()
+    return *load_config(files, [*entries, *args.entries], clone), clone
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Print what is to do and what it will take."""
+    from keepstill.preflight import preflight
+    from keepstill.study import read_study
+
+    study = read_study(*_given_config(args))
+    for line in preflight(study, study.make_plan()):
+        print(line, flush=True)
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    """Print the effective configuration."""
+    from keepstill.config import effective_config, settings_of
+    from keepstill.config_files import config_text
+
+    config = effective_config(*_given_config(args))
+    settings_of(config)  # refuses a reference that is not there
+    print(config_text(config), end="")
+    return 0
+
+
 def _warm(args: argparse.Namespace) -> int:
     """Run every kernel once on a small phantom, so that no rank has to compile."""
     del args
@@ -181,10 +254,4 @@ def _warm(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeepstillError as error:
-        print(f"keepstill: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        os._exit(1)
+    main()

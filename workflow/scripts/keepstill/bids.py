@@ -1,9 +1,11 @@
 """BIDS: the runs of a data set, their sidecars, and the names of what is made of them."""
 
+import collections
 import difflib
 import itertools
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,10 @@ from keepstill.errors import InputError
 BOLD_EXTENSIONS = (".nii", ".nii.gz")
 FILTERS = {"participants": "sub", "sessions": "ses", "tasks": "task", "runs": "run"}
 DESCRIPTION = "dataset_description.json"
+MAX_SHOWN = 12  # names in an error's line
+
+for _library in ("bids2table", "bidsschematools"):  # what they tell is not for our users
+    logging.getLogger(_library).setLevel(logging.ERROR)
 
 Filters = Mapping[str, Sequence[str | int] | None]
 
@@ -35,6 +41,9 @@ class Run:
         Label without ``ses-``.
     entities : dict
         Every entity of the name with its label as written: ``{"sub": "01", "run": "02", ...}``.
+    sidecar : Path or None
+        The one JSON of a run outside BIDS, which need not exist; None for a run of a data set,
+        whose sidecars are looked for.
     """
 
     name: str
@@ -42,6 +51,40 @@ class Run:
     subject: str
     session: str | None
     entities: Mapping[str, str]
+    sidecar: Path | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run is part of.
+
+    Attributes
+    ----------
+    bids_dir : Path or None
+        Root of its data set.
+    sidecar : Path or None
+        The JSON of a run that a table lists, which need not exist. Such a run is part of no data
+        set, wherever it lies.
+    """
+
+    bids_dir: Path | None = None
+    sidecar: Path | None = None
+
+    def folder(self, run: str) -> str:
+        """Folder of the run's outputs; none for a run that is part of no study."""
+        return derivative_folder(run).as_posix() if self.bids_dir or self.sidecar else ""
+
+    def data_set(self, source: Path) -> Path | None:
+        """Root of the data set that sidecars are looked for in, absolute; None if in none."""
+        if self.sidecar:
+            return None
+        return Path(os.path.abspath(self.bids_dir)) if self.bids_dir else find_bids_dir(source)
+
+    def metadata(self, source: Path, run: str) -> dict[str, Any]:
+        """What the run's sidecars say."""
+        if self.sidecar:
+            return lone_metadata(self.sidecar, run)
+        return sidecar_metadata(source, self.data_set(source))
 
 
 class Sidecars:
@@ -66,7 +109,7 @@ class Sidecars:
             If a sidecar is not a JSON object.
         """
         if self.bids_dir is None or not path.is_relative_to(self.bids_dir):
-            beside = path.with_name(_stem(path.name) + ".json")
+            beside = sidecar_beside(path)
             return _read_object(beside) if beside.is_file() else {}
         wanted = _entities(path.name)
         merged: dict[str, Any] = {}
@@ -102,16 +145,49 @@ def index_runs(bids_dir: Path, filters: Filters | None = None) -> list[Run]:
     InputError
         If there is no run, a label matches none, or one name stands for two files.
     """
-    paths = _bold_paths(bids_dir)
-    runs = sorted((_run(path) for path in paths), key=lambda run: run.name)
-    runs = [run for run in runs if run.entities.get("part") != "phase"]
+    found = sorted((_run(path) for path in _bold_paths(bids_dir)), key=lambda run: run.name)
+    runs = [run for run in found if run.entities.get("part") != "phase"]
     if not runs:
         raise InputError(
-            f"{bids_dir}: no run found; needs files sub-*/[ses-*/]func/*_bold.nii[.gz], "
-            f"and bids_dir must be the folder that holds {DESCRIPTION}"
+            f"{bids_dir}: only phase images found ({len(found)}, part-phase), which are never "
+            "realigned by themselves; add the magnitude images"
         )
+    runs = filter_runs(runs, filters or {}, bids_dir)
     _refuse_twins(runs)
-    return _filtered(runs, filters or {}, bids_dir)
+    return runs
+
+
+def filter_runs(runs: Sequence[Run], filters: Filters, where: Path) -> list[Run]:
+    """Runs that pass the filters, in their order.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    filters : mapping
+        As of `index_runs`.
+    where : Path
+        What the runs were found in, for errors.
+
+    Raises
+    ------
+    InputError
+        If a label matches no run, or no run passes.
+    """
+    kept = list(runs)
+    for name, labels in filters.items():
+        if labels is None:
+            continue
+        wanted = [str(label).removeprefix(f"{FILTERS[name]}-") for label in labels]
+        _refuse_unknown(wanted, name, runs, where)
+        before = kept
+        kept = [run for run in kept if _passes(run, FILTERS[name], wanted)]
+        if not kept:
+            raise InputError(
+                f"{where}: {len(runs)} runs found, {len(before)} left before {name} "
+                f"{', '.join(wanted)}, none after; widen that filter (left were: "
+                f"{_shown([run.name for run in before])})"
+            )
+    return kept
 
 
 def sidecar_metadata(path: Path, bids_dir: Path | None = None) -> dict[str, Any]:
@@ -121,6 +197,17 @@ def sidecar_metadata(path: Path, bids_dir: Path | None = None) -> dict[str, Any]
     beside the file counts alone, and a file without one has no metadata.
     """
     return Sidecars(bids_dir or find_bids_dir(path)).metadata(path)
+
+
+def lone_metadata(sidecar: Path, run: str) -> dict[str, Any]:
+    """Metadata of a run outside BIDS: what its JSON says, if there is one, and its task's name."""
+    values = _read_object(sidecar) if os.path.lexists(sidecar) else {}
+    return {"TaskName": _entities(run)["task"]} | values
+
+
+def sidecar_beside(path: Path) -> Path:
+    """The JSON of the same name in the same folder, whether or not there is one."""
+    return path.with_name(_stem(path.name) + ".json")
 
 
 def find_bids_dir(path: Path) -> Path | None:
@@ -188,16 +275,20 @@ def _bold_paths(bids_dir: Path) -> list[Path]:
         )
     from bids2table import index_dataset
 
-    logging.getLogger("bids2table").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="keepstill-") as scratch:
         link = Path(scratch) / "study"
         link.symlink_to(bids_dir.absolute(), target_is_directory=True)
         rows = index_dataset(link).select(["path", "suffix", "ext"]).to_pylist()
-    return [
-        bids_dir / row["path"]
-        for row in rows
-        if row["suffix"] == "bold" and row["ext"] in BOLD_EXTENSIONS
-    ]
+    images = [row for row in rows if row["ext"] in BOLD_EXTENSIONS]
+    paths = [bids_dir / row["path"] for row in images if row["suffix"] == "bold"]
+    if not paths:
+        counts = collections.Counter(row["suffix"] for row in images)
+        found = _shown([f"{number} {suffix}" for suffix, number in sorted(counts.items())])
+        raise InputError(
+            f"{bids_dir}: no run found (images found: {found}); needs files "
+            "sub-*/[ses-*/]func/*_bold.nii[.gz]"
+        )
+    return paths
 
 
 def _run(path: Path) -> Run:
@@ -207,35 +298,27 @@ def _run(path: Path) -> Run:
 
 
 def _refuse_twins(runs: Sequence[Run]) -> None:
-    for run, following in itertools.pairwise(runs):
-        if run.name == following.name:
-            raise InputError(
-                f"{run.name}: two files found, {run.source} and {following.source}; remove one"
-            )
+    """Refuse two files of one name, such as .nii and .nii.gz; `runs` are sorted."""
+    twins = [pair for pair in itertools.pairwise(runs) if pair[0].name == pair[1].name]
+    if twins:
+        run, other = twins[0]
+        more = f" (first of {len(twins)} such runs)" if len(twins) > 1 else ""
+        raise InputError(
+            f"{run.name}: two files found, {run.source} and {other.source}{more}; remove one, "
+            "or leave the run out by a filter"
+        )
 
 
-def _filtered(runs: Sequence[Run], filters: Filters, bids_dir: Path) -> list[Run]:
-    kept = list(runs)
-    for name, labels in filters.items():
-        if labels is None:
-            continue
-        entity = FILTERS[name]
-        wanted = [str(label).removeprefix(f"{entity}-") for label in labels]
-        found = sorted({run.entities[entity] for run in runs if entity in run.entities})
-        for label in wanted:
-            if not any(_same_label(entity, label, other) for other in found):
-                raise InputError(f"{bids_dir}: {name}: {_none_such(label, found)}")
-        before = kept
-        kept = [run for run in kept if _passes(run.entities.get(entity), entity, wanted)]
-        if not kept:
-            raise InputError(
-                f"{bids_dir}: {len(runs)} runs found, {len(before)} left before {name} "
-                f"{', '.join(wanted)}, none after; widen that filter"
-            )
-    return kept
+def _refuse_unknown(wanted: Iterable[str], name: str, runs: Sequence[Run], where: Path) -> None:
+    entity = FILTERS[name]
+    found = sorted({run.entities[entity] for run in runs if entity in run.entities})
+    for label in wanted:
+        if not any(_same_label(entity, label, other) for other in found):
+            raise InputError(f"{where}: {name}: {_none_such(label, found)}")
 
 
-def _passes(label: str | None, entity: str, wanted: Iterable[str]) -> bool:
+def _passes(run: Run, entity: str, wanted: Iterable[str]) -> bool:
+    label = run.entities.get(entity)
     return label is not None and any(_same_label(entity, other, label) for other in wanted)
 
 
@@ -249,8 +332,13 @@ def _same_label(entity: str, one: str, other: str) -> bool:
 def _none_such(label: str, found: Sequence[str]) -> str:
     near = difflib.get_close_matches(label, found, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    shown = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
-    return f"no run has {label}{hint or '; choose from those found'} (found: {shown or 'none'})"
+    return f"no run has {label}{hint or '; choose from those found'} (found: {_shown(found)})"
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first names, and how many there are besides."""
+    rest = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(names[:MAX_SHOWN]) + rest or "none"
 
 
 def _stem(name: str) -> str:

@@ -2,8 +2,9 @@
 
 import contextlib
 import difflib
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,38 @@ from typing import Any
 from keepstill.bids import FILTERS, Filters
 from keepstill.errors import SettingsError
 from keepstill.manifest import REFERENCES
+from keepstill.run_table import TABLE_ENDING
 from keepstill.settings import RealignSettings
 
 Config = Mapping[str, Any]
+SCHEMA = Path("config", "config.schema.yaml")  # in the clone
 PATHS = ("bids_dir", "output_dir", "stage_root")
+
+
+def effective_config(config: Config, given: Iterable[str], clone: Path) -> dict[str, Any]:
+    """The configuration as it counts: text typed, checked, complete, its paths absolute.
+
+    Parameters
+    ----------
+    config : mapping
+        As Snakemake or `config_files.load_config` has it.
+    given : iterable of str
+        Keys that the caller gave, on the command line or in a file of their own.
+    clone : Path
+        Folder of the Snakefile.
+
+    Raises
+    ------
+    SettingsError
+        If a key is unknown or missing, or a value is of no use.
+    """
+    schema = read_schema(clone / SCHEMA)
+    config = with_types(config, schema)
+    check_config(config, schema)
+    effective = with_absolute_paths(with_defaults(config, schema), given, clone)
+    if run_table_of(effective):
+        del effective["bids_dir"]  # the table stands in its place
+    return effective
 
 
 def read_schema(path: Path) -> dict[str, Any]:
@@ -32,17 +61,14 @@ def check_config(config: Config, schema: Mapping[str, Any]) -> None:
     SettingsError
         One line on the first value that does not fit: which, what was found, what is needed.
     """
-    from jsonschema import Draft202012Validator
-
-    errors = Draft202012Validator(schema).iter_errors(config)
+    errors = _validator(schema).iter_errors(config)
     for error in sorted(errors, key=lambda error: (len(error.path), str(error.path))):
         where = "".join(f"{part}: " for part in error.path)
         if error.validator == "additionalProperties":
             known = error.schema["properties"]
             unknown = sorted(set(error.instance) - set(known))[0]
-            raise SettingsError(
-                f"config: {where}{unknown!r} is unknown; {_nearest(unknown, known)}"
-            )
+            nearest = _nearest(unknown, _names(known))
+            raise SettingsError(f"config: {where}{unknown!r} is unknown; {nearest}")
         if error.validator == "required":
             missing = sorted(set(error.validator_value) - set(error.instance))[0]
             raise SettingsError(f"config: {where}{missing} is missing; give it a value")
@@ -57,6 +83,17 @@ def with_types(config: Config, schema: Mapping[str, Any]) -> dict[str, Any]:
     """
     properties = schema["properties"]
     return {name: _typed(value, properties.get(name, {})) for name, value in config.items()}
+
+
+def with_defaults(config: Config, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration in the schema's order, in which no key is missing that has a default."""
+    complete = {}
+    for name, described in schema["properties"].items():
+        if "properties" in described:
+            complete[name] = with_defaults(config.get(name, {}), described)
+        elif name in config or "default" in described:
+            complete[name] = config.get(name, described.get("default"))
+    return complete
 
 
 def with_absolute_paths(config: Config, given: Iterable[str], clone: Path) -> dict[str, Any]:
@@ -74,30 +111,14 @@ def with_absolute_paths(config: Config, given: Iterable[str], clone: Path) -> di
     ------
     SettingsError
         If the input is the caller's and the output directory that of the demo, if both are one,
-        or if Snakemake could not handle a path.
+        if there are two inputs, or if Snakemake could not handle a path.
     """
     given = set(given)
-    paths = [*PATHS]
-    if config["reference"] not in REFERENCES:
-        paths.append("reference")
     absolute = dict(config)
-    for name in paths:
+    for name in _paths_in(config):
         base = Path.cwd() if name in given else clone
-        absolute[name] = os.path.abspath(base / Path(config[name]).expanduser())
-    for name in ("output_dir", "stage_root"):
-        if set("{}") & set(absolute[name]):  # they are Snakemake's, and cannot be escaped there
-            raise SettingsError(f"config: {name}: {absolute[name]} has braces; choose another")
-    bids_dir, output_dir = Path(absolute["bids_dir"]), Path(absolute["output_dir"])
-    proposed = bids_dir / "derivatives" / "keepstill"
-    if "bids_dir" in given and "output_dir" not in given:
-        raise SettingsError(
-            f"config: bids_dir is given and output_dir is not; add it, such as "
-            f"output_dir={proposed}"
-        )
-    if bids_dir == output_dir:
-        raise SettingsError(
-            f"config: output_dir: {output_dir} is bids_dir too; choose another, such as {proposed}"
-        )
+        absolute[name] = os.path.abspath(base / os.path.expanduser(config[name]))
+    _refuse_places(absolute, given)
     return absolute
 
 
@@ -121,13 +142,70 @@ def settings_of(config: Config) -> RealignSettings:
     return RealignSettings.from_dict(_like(defaults, values))
 
 
+def run_table_of(config: Config) -> Path | None:
+    """The table that lists the runs; None if they are those of a data set."""
+    runs = config.get("runs")
+    if isinstance(runs, str) and runs.endswith(TABLE_ENDING):
+        return Path(runs)
+    return None
+
+
 def filters_of(config: Config) -> Filters:
     """The filters in a checked configuration; a single label stands for a list of one."""
     filters = {}
     for name in FILTERS:
         labels = config.get(name)
+        if name == "runs" and run_table_of(config):
+            labels = None
         filters[name] = [labels] if isinstance(labels, str | int) else labels
     return filters
+
+
+def _validator(schema: Mapping[str, Any]) -> Any:
+    """A validator to which NaN and infinity are no numbers, since they pass every bound."""
+    from jsonschema import Draft202012Validator, validators
+
+    extend: Any = validators.extend  # it has no types
+
+    def is_number(checker: Any, value: Any) -> bool:
+        del checker
+        is_real = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_real and math.isfinite(value)
+
+    checker = Draft202012Validator.TYPE_CHECKER.redefine("number", is_number)
+    return extend(Draft202012Validator, type_checker=checker)(schema)
+
+
+def _paths_in(config: Config) -> Iterator[str]:
+    """Keys whose values are paths."""
+    yield from PATHS
+    if config["reference"] not in REFERENCES:
+        yield "reference"
+    if run_table_of(config):
+        yield "runs"
+
+
+def _refuse_places(config: Config, given: Collection[str]) -> None:
+    """Refuse absolute paths that would do harm or that nobody can have meant."""
+    for name in ("output_dir", "stage_root"):
+        if set("{}") & set(config[name]):  # they are Snakemake's, and cannot be escaped there
+            raise SettingsError(f"config: {name}: {config[name]} has braces; choose another")
+    source = "runs" if run_table_of(config) else "bids_dir"
+    if source == "runs" and {"runs", "bids_dir"} <= set(given):
+        raise SettingsError(
+            f"config: runs is a table, {config['runs']}, and bids_dir is given too; leave one out"
+        )
+    output_dir, folder = Path(config["output_dir"]), Path(config[source])
+    proposed = (folder.parent if source == "runs" else folder) / "derivatives" / "keepstill"
+    if source in given and "output_dir" not in given:
+        raise SettingsError(
+            f"config: {source} is given and output_dir is not; add it, such as "
+            f"output_dir={proposed}"
+        )
+    if output_dir == folder:
+        raise SettingsError(
+            f"config: output_dir: {output_dir} is {source} too; choose another, such as {proposed}"
+        )
 
 
 def _typed(value: Any, schema: Mapping[str, Any]) -> Any:
@@ -164,6 +242,16 @@ def _schema_at(schema: Mapping[str, Any], path: Iterable[str | int]) -> Mapping[
     return schema
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _names(properties: Mapping[str, Any]) -> dict[str, str]:
+    """Every key, nested ones too -> how an error names it; Snakemake's own is left out."""
+    nested = {
+        name: f"{name} in {outer}"
+        for outer, described in properties.items()
+        for name in described.get("properties", ())
+    }
+    return nested | {name: name for name in properties if name != "pathvars"}
+
+
+def _nearest(name: str, known: Mapping[str, str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"did you mean {known[near[0]]}?" if near else f"known: {', '.join(sorted(known))}"

@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import random
+import shlex
 import shutil
 import socket
 import sys
@@ -143,6 +144,14 @@ def fill_cores(
     ranks = (dict.fromkeys(cores[start : start + threads_per_rank]) for start in starts)
     listed = ",".join("+".join(str(core) for core in rank) for rank in ranks)
     return [argument.replace(CORES_PLACEHOLDER, listed) for argument in arguments]
+
+
+def launch_command(launcher: str, flags: str, n_ranks: int) -> list[str]:
+    """What a rank's script is put behind: one rank needs no launcher, and no mpi4py."""
+    if n_ranks == 1:
+        return ["python"]
+    launched = [*shlex.split(launcher), "-n", str(n_ranks), *shlex.split(flags)]
+    return [*launched, "python", "-m", "mpi4py"]
 
 
 def become(command: Sequence[str], n_ranks: int, threads_per_rank: int = 1) -> NoReturn:

@@ -23,12 +23,7 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from keepstill.bids import (
-    bids_uri,
-    derivative_folder,
-    find_bids_dir,
-    sidecar_metadata,
-)
+from keepstill.bids import Origin, bids_uri
 from keepstill.errors import InputError, StageError
 from keepstill.files import put_private
 from keepstill.manifest import stamp_of
@@ -58,7 +53,7 @@ _log = logging.getLogger(__name__)
 def stage_run(
     source: Path,
     run: str,
-    bids_dir: Path | None,
+    origin: Origin | None,
     stage_dir: Path,
     settings: RealignSettings = DEFAULTS,
 ) -> None:
@@ -74,8 +69,8 @@ def stage_run(
         ``.nii`` or ``.nii.gz``.
     run : str
         The run's name.
-    bids_dir : Path or None
-        Root of the data set that the run is part of: its outputs go to a folder of the same name.
+    origin : Origin or None
+        Data set or table that the run is part of: its outputs go to a folder of the same name.
         If None they lie flat, and sidecars are looked for in the data set above the file, if any.
     stage_dir : Path
         The run's own folder; made if need be, for this user alone.
@@ -90,10 +85,10 @@ def stage_run(
         If there is no room anywhere.
     """
     source = Path(os.path.abspath(source))
-    folder = derivative_folder(run).as_posix() if bids_dir else ""
-    bids_dir = Path(os.path.abspath(bids_dir)) if bids_dir else find_bids_dir(source)
+    origin = origin or Origin()
+    bids_dir = origin.data_set(source)
     stage_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    metadata = sidecar_metadata(source, bids_dir)
+    metadata = origin.metadata(source, run)
     stamp = _checked_stamp(source, run)
     chunks = _Chunks(source, run)
     layout = parse_layout(chunks.peek(HEADER_BYTES), run, settings.affine_source)
@@ -115,7 +110,7 @@ def stage_run(
         _log.warning("%s", warning)
     found = {
         "run": run,
-        "folder": folder,
+        "folder": origin.folder(run),
         "source": str(source),
         "source_uri": bids_uri(source, bids_dir) if bids_dir else source.name,
         "bids_dir": str(bids_dir) if bids_dir else None,

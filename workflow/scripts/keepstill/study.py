@@ -7,20 +7,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from keepstill.bids import Run, Sidecars, index_runs
-from keepstill.config import (
-    Config,
-    check_config,
-    filters_of,
-    read_schema,
-    settings_of,
-    with_absolute_paths,
-    with_types,
-)
+from keepstill.bids import Run, Sidecars, filter_runs, index_runs, lone_metadata
+from keepstill.config import Config, effective_config, filters_of, run_table_of, settings_of
 from keepstill.errors import InputError
 from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
+from keepstill.run_table import read_run_table
 from keepstill.settings import RealignSettings
 from keepstill.stage import (
     claim_stage_root,
@@ -71,7 +64,9 @@ class Study:
 
     Attributes
     ----------
-    bids_dir, output_dir : Path
+    bids_dir : Path or None
+        Absolute; None for runs that a table lists.
+    output_dir : Path
         Absolute.
     stage_root : Path
         Folder of this user alone, below which every study stages its runs.
@@ -82,7 +77,7 @@ class Study:
         Whether pages are wanted.
     """
 
-    bids_dir: Path
+    bids_dir: Path | None
     output_dir: Path
     stage_root: Path
     settings: RealignSettings
@@ -104,13 +99,25 @@ class Study:
     def _sidecars(self) -> Sidecars:
         return Sidecars(self.bids_dir)
 
+    def metadata(self, name: str) -> dict[str, Any]:
+        """What a run's sidecars say."""
+        run = self.runs[name]
+        if run.sidecar:
+            return lone_metadata(run.sidecar, name)
+        return self._sidecars.metadata(run.source)
+
+    def origin(self, run: str) -> list[str]:
+        """Arguments that tell stage_run.py what a run is part of."""
+        sidecar = self.runs[run].sidecar
+        return ["--sidecar", str(sidecar)] if sidecar else ["--bids-dir", str(self.bids_dir)]
+
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""
         source = self.runs[run].source
         if not manifest_path(self.output_dir, run).exists():
             return False
         try:
-            metadata = self._sidecars.metadata(source)
+            metadata = self.metadata(run)
         except InputError:
             return False  # stage says what is wrong
         return is_complete(run, source, metadata, self.settings, self.output_dir)
@@ -194,17 +201,19 @@ def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
     SettingsError
         If the configuration has a key or value that is of no use.
     """
-    schema = read_schema(clone / "config" / "config.schema.yaml")
-    config = with_types(config, schema)
-    check_config(config, schema)
-    config = with_absolute_paths(config, given, clone)
-    bids_dir = Path(config["bids_dir"])
+    config = effective_config(config, given, clone)
+    table, filters = run_table_of(config), filters_of(config)
+    if table:
+        bids_dir, runs = None, filter_runs(read_run_table(table), filters, table)
+    else:
+        bids_dir = Path(config["bids_dir"])
+        runs = index_runs(bids_dir, filters)
     return Study(
         bids_dir=bids_dir,
         output_dir=Path(config["output_dir"]),
         stage_root=private_stage_root(Path(config["stage_root"])),
         settings=settings_of(config),
-        runs={run.name: run for run in index_runs(bids_dir, filters_of(config))},
+        runs={run.name: run for run in runs},
         has_pages=config["pages"],
     )
 

@@ -1,0 +1,204 @@
+"""Preflight: what is to do and what it will take, before anything starts.
+
+Sizes come from the first bytes of each run, so that thousands of runs cost about a second. They
+are estimates of what a run needs at most, rounded upwards where runs differ.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from isal import isal_zlib
+
+from keepstill.errors import InputError
+from keepstill.manifest import REFERENCES
+from keepstill.nifti import HEADER_BYTES, Layout, parse_layout
+from keepstill.settings import RealignSettings
+from keepstill.study import Plan, Study, counted
+
+# CPU seconds of a run: 4 to start Python for each step and to draw the page, and 4.4 for the 29.5
+# Mvoxel of 64 x 64 x 36 x 200 (2 ranks, degree 5, kernels compiled, AMD EPYC, 2026).
+CPU_S_PER_RUN = 4.0
+CPU_S_PER_MVOXEL = 0.15
+# Written voxels are 0.69 to 0.89 of their size without compression, float32 and int16 alike.
+COMPRESSED = 0.9
+BYTES_PER_VOXEL = {"float32": 4, "int16": 2}
+N_MAPS = 4  # volumes written beside the run, none above float32
+TABLE_BYTES_PER_VOLUME = 1000  # confounds and transforms
+PAGE_BYTES = 200_000  # page, picture and sidecars
+STAGED_BYTES_PER_VOXEL = 4  # of the realigned run, float32, beside the run as it is stored
+
+PEEK_BYTES = 1 << 14
+GZIP_MAGIC = b"\x1f\x8b"
+MAX_DEFLATED = 1032  # times; no deflate stream becomes larger (zlib's technical details)
+MAX_NAMED = 10
+GB, MVOXEL = 1e9, 1e6
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What runs will take.
+
+    Attributes
+    ----------
+    output_bytes : float
+        Written to the output directory, all runs together.
+    lane_bytes : float
+        In the stage root while the largest run is worked on.
+    cpu_s : float
+        All runs together.
+    unreadable : tuple of (str, str)
+        Name of each run that cannot be read, and why; not in the figures.
+    """
+
+    output_bytes: float = 0.0
+    lane_bytes: float = 0.0
+    cpu_s: float = 0.0
+    unreadable: tuple[tuple[str, str], ...] = ()
+
+
+def preflight(study: Study, plan: Plan) -> Iterator[str]:
+    """Lines for the user: runs found, complete and to do, and what those to do will take."""
+    yield plan.in_words(len(study.runs))
+    if not plan.runs:
+        return
+    needs = study_needs(study, plan.runs)
+    shared = study.stage_root.parent
+    output_free, shared_free = free_bytes(study.output_dir), free_bytes(shared)
+    yield f"output: {_gb(needs.output_bytes)}, {_gb(output_free)} free in {study.output_dir}"
+    yield f"shared memory: {_gb(needs.lane_bytes)} a lane, {_gb(shared_free)} free in {shared}"
+    yield f"time: about {_minutes(needs.cpu_s)}"
+    if needs.unreadable:
+        yield _unreadable_in_words(needs.unreadable)
+    if needs.output_bytes > output_free:
+        yield (
+            f"warning: the outputs will not fit into {study.output_dir}; free "
+            f"{_gb(needs.output_bytes - output_free)} there or choose another output_dir"
+        )
+    if needs.lane_bytes > shared_free:
+        yield (
+            f"warning: the largest run will not fit into {shared}; it is staged in "
+            f"{tempfile.gettempdir()} instead, which is slower, if there is room"
+        )
+
+
+def study_needs(study: Study, names: Iterable[str]) -> Needs:
+    """What these runs of a study will take."""
+    grid_voxels = _reference_voxels(study.settings)
+    output_bytes = lane_bytes = cpu_s = 0.0
+    unreadable = []
+    for name in names:
+        try:
+            layout = read_layout(study.runs[name].source, name)
+        except InputError as error:
+            unreadable.append((name, str(error).removeprefix(f"{name}: ")))
+            continue
+        needs = run_needs(layout, study.settings, grid_voxels)
+        output_bytes += needs.output_bytes
+        lane_bytes = max(lane_bytes, needs.lane_bytes)
+        cpu_s += needs.cpu_s
+    return Needs(output_bytes, lane_bytes, cpu_s, tuple(unreadable))
+
+
+def run_needs(layout: Layout, settings: RealignSettings, grid_voxels: int | None = None) -> Needs:
+    """What one run will take.
+
+    Parameters
+    ----------
+    layout : Layout
+    settings : RealignSettings
+    grid_voxels : int, optional
+        Voxels of a volume of the output, where its grid is not the run's own.
+    """
+    nx, ny, nz = layout.shape[:3]
+    n_volumes = 1
+    for size in layout.shape[3:]:
+        n_volumes *= size
+    volume_voxels = grid_voxels or nx * ny * nz
+    voxels = volume_voxels * n_volumes
+    made = voxels * BYTES_PER_VOXEL[settings.output_dtype] if settings.reslice else 0
+    maps = N_MAPS * volume_voxels * BYTES_PER_VOXEL["float32"]
+    tables = PAGE_BYTES + n_volumes * TABLE_BYTES_PER_VOLUME
+    worked_on = max(voxels, nx * ny * nz * n_volumes)
+    return Needs(
+        output_bytes=(made + maps) * COMPRESSED + tables,
+        lane_bytes=layout.n_bytes + STAGED_BYTES_PER_VOXEL * worked_on,
+        cpu_s=CPU_S_PER_RUN + CPU_S_PER_MVOXEL * worked_on / MVOXEL,
+    )
+
+
+def read_layout(source: Path, run: str) -> Layout:
+    """Layout of a run, from the first bytes of its file.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, begins with no NIfTI header, or is too small for its header.
+    """
+    try:
+        with source.open("rb", buffering=0) as file:
+            first_bytes = file.read(PEEK_BYTES)
+            n_bytes = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise InputError(f"{run}: {source} cannot be read ({error.strerror})") from error
+    if first_bytes.startswith(GZIP_MAGIC):
+        n_bytes *= MAX_DEFLATED
+        first_bytes = _inflated(first_bytes, run)
+    layout = parse_layout(first_bytes[:HEADER_BYTES], run)
+    if n_bytes < layout.n_bytes:
+        raise InputError(
+            f"{run}: {_gb(layout.n_bytes)} promised by the header (axes {layout.shape}), at most "
+            f"{_gb(n_bytes)} found; the file is truncated or its header is damaged"
+        )
+    return layout
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder, which need not exist."""
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    status = os.statvfs(existing)
+    return status.f_bavail * status.f_frsize
+
+
+def _inflated(first_bytes: bytes, run: str) -> bytes:
+    try:
+        return bytes(isal_zlib.decompressobj(wbits=31).decompress(first_bytes, HEADER_BYTES))
+    except isal_zlib.error as error:  # type: ignore[misc]
+        raise InputError(f"{run}: the gzip stream is damaged ({error})") from error
+
+
+def _reference_voxels(settings: RealignSettings) -> int | None:
+    """Voxels of the file that serves as reference; None if volumes of the runs serve."""
+    if settings.reference in REFERENCES:
+        return None
+    with contextlib.suppress(InputError):  # realign says what is wrong
+        nx, ny, nz = read_layout(Path(settings.reference), "reference").shape[:3]
+        return nx * ny * nz
+    return None
+
+
+def _unreadable_in_words(unreadable: tuple[tuple[str, str], ...]) -> str:
+    names = [name for name, _ in unreadable[:MAX_NAMED]]
+    rest = len(unreadable) - len(names)
+    more = f" and {rest} more" if rest else ""
+    return (
+        f"unreadable, and not in these figures: {counted(len(unreadable), 'run')}, "
+        f"{', '.join(names)}{more}; the first: {unreadable[0][1]}"
+    )
+
+
+def _gb(n_bytes: float) -> str:
+    """Bytes as GB, with two figures, never fewer than all before the point."""
+    gb = n_bytes / GB
+    if gb < 0.01:
+        return "less than 0.01 GB"
+    return f"{gb:,.0f} GB" if gb >= 10 else f"{gb:.2g} GB"
+
+
+def _minutes(cpu_s: float) -> str:
+    minutes = cpu_s / 60
+    shown = f"{minutes:,.0f}" if minutes >= 10 else f"{minutes:.1f}"
+    return f"{shown} CPU minutes"

@@ -11,7 +11,7 @@ ENGINE = SCRIPTS / "keepstill"
 LAYERS = (
     ("", "errors"),
     ("files", "settings", "kernels"),
-    ("geometry", "masks", "smooth", "survey"),
+    ("geometry", "masks", "moving", "smooth", "survey"),
     ("nifti", "bids", "lanes"),
     ("manifest", "run_table"),
     ("stage",),

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.errors import EmptyVolumeError, InputError
-from keepstill.estimate import Estimate, estimate_motion, new_coefficients, prepare_moving
-from keepstill.kernels.sums import Moving
+from keepstill.estimate import Estimate, estimate_motion
+from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.read import StagedRun, read_volume
 from keepstill.reference import Reference, prepare_reference
 from keepstill.reslice import reslice_volume
@@ -231,10 +231,10 @@ class _Worker:
         affine = self._target.reference.affine
         reslice_volume(out, moving, self._run.layout.affine, estimate.moving_from_reference, affine)
 
-    def _work_space(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _work_space(self) -> tuple[Coefficients, NDArray[np.float32]]:
         if not hasattr(self._local, "space"):
-            shape = self._run.voxels.shape[1:]
+            nz, ny, nx = self._run.voxels.shape[1:]
             out = np.empty(self._target.reference.volume.shape, np.float32)
-            self._local.space = new_coefficients((shape[0], shape[1], shape[2])), out
-        space: tuple[NDArray[np.float32], NDArray[np.float32]] = self._local.space
+            self._local.space = Coefficients((nz, ny, nx)), out
+        space: tuple[Coefficients, NDArray[np.float32]] = self._local.space
         return space

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from keepstill.estimate import estimate_motion, new_coefficients, prepare_moving
+from keepstill.estimate import estimate_motion
 from keepstill.maps import temporal_moments
 from keepstill.masks import brain_mask
+from keepstill.moving import Coefficients, prepare_moving
 from keepstill.reference import prepare_reference
 from keepstill.reslice import coverage, reslice_volume
 from keepstill.settings import EstimateSettings
@@ -17,7 +18,7 @@ def warm_kernels() -> None:
     affine = np.diag([3.0, 3.0, 3.0, 1.0])
     settings = EstimateSettings()
     reference = prepare_reference(volume, affine, settings)
-    moving = prepare_moving(volume, settings.degree, new_coefficients(volume.shape))
+    moving = prepare_moving(volume, settings.degree, Coefficients(volume.shape))
     estimate = estimate_motion(moving, affine, reference, settings)
     out = np.empty_like(volume)
     reslice_volume(out, moving, affine, estimate.moving_from_reference, affine)

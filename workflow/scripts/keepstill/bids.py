@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from keepstill.errors import InputError
 BOLD_EXTENSIONS = (".nii", ".nii.gz")
 FILTERS = {"participants": "sub", "sessions": "ses", "tasks": "task", "runs": "run"}
 DESCRIPTION = "dataset_description.json"
+_NAME = re.compile(r"[A-Za-z0-9+_-]+")
 MAX_SHOWN = 12  # names in an error's line
 
 for _library in ("bids2table", "bidsschematools"):  # what they tell is not for our users
@@ -293,6 +295,10 @@ def _bold_paths(bids_dir: Path) -> list[Path]:
 
 def _run(path: Path) -> Run:
     name = run_name(path)
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{path}: a BIDS name has letters, digits, +, - and _ only; rename the file"
+        )
     entities = _entities(name)
     return Run(name, path, entities["sub"], entities.get("ses"), entities)
 

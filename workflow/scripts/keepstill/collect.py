@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from keepstill import figures, write
 from keepstill.confounds import OUTLIER, Columns, is_known_change, is_steady_change, make_confounds
-from keepstill.errors import OutputError
+from keepstill.errors import OutputError, counted
 from keepstill.files import put_file, put_text
 from keepstill.kernels.components import dilated
 from keepstill.manifest import (
@@ -282,6 +282,6 @@ def summary_line(run: str, summary: dict[str, Any]) -> str:
     failed = summary["failed_volumes"]
     tail = f"; volumes that failed: {', '.join(map(str, failed))}" if failed else ""
     return (
-        f"{run}: {summary['n_volumes']} volumes, mean framewise displacement {shown}, "
-        f"{summary['n_outliers']} outliers, {summary['n_failed']} failed{tail}"
+        f"{run}: {counted(summary['n_volumes'], 'volume')}, mean framewise displacement {shown}, "
+        f"{counted(summary['n_outliers'], 'outlier')}, {summary['n_failed']} failed{tail}"
     )

@@ -206,6 +206,16 @@ def _refuse_places(config: Config, given: Collection[str]) -> None:
         raise SettingsError(
             f"config: output_dir: {output_dir} is {source} too; choose another, such as {proposed}"
         )
+    below = output_dir.relative_to(folder).parts if output_dir.is_relative_to(folder) else ()
+    if source == "bids_dir" and below and below[0] != "derivatives":
+        raise SettingsError(
+            f"config: output_dir: {output_dir} lies among the raw data; choose another, "
+            f"such as {proposed}"
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SettingsError(
+            f"config: output_dir: {output_dir} is no folder; choose another, such as {proposed}"
+        )
 
 
 def _typed(value: Any, schema: Mapping[str, Any]) -> Any:

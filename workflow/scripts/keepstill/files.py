@@ -27,7 +27,7 @@ def put_file(path: Path, parts: Iterable[bytes]) -> None:
         raise
 
 
-def claim_output_dir(output_dir: Path, run: str) -> None:
+def claim_output_dir(output_dir: Path, what: str) -> None:
     """Make the output directory, before any work is done for it.
 
     Raises
@@ -43,7 +43,7 @@ def claim_output_dir(output_dir: Path, run: str) -> None:
     else:
         reason = "" if is_writable else "no permission to write"
     if reason:
-        raise OutputError(f"{run}: cannot write to {output_dir} ({reason}); choose another folder")
+        raise OutputError(f"{what}: cannot write to {output_dir} ({reason}); choose another folder")
 
 
 def put_text(path: Path, text: str) -> None:

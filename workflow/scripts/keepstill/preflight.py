@@ -13,11 +13,11 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from keepstill.errors import InputError
+from keepstill.errors import InputError, counted
 from keepstill.manifest import REFERENCES
 from keepstill.nifti import HEADER_BYTES, Layout, parse_layout
 from keepstill.settings import RealignSettings
-from keepstill.study import Plan, Study, counted
+from keepstill.study import Plan, Study
 
 # CPU seconds of a run: 4 to start Python for each step and to draw the page, and 4.4 for the 29.5
 # Mvoxel of 64 x 64 x 36 x 200 (2 ranks, degree 5, kernels compiled, AMD EPYC, 2026).

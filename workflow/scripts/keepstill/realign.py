@@ -98,7 +98,10 @@ def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
         name = f"volume {t}"
     else:
         t = None
-        volume, affine = read_volume(Path(settings.reference))
+        try:
+            volume, affine = read_volume(Path(settings.reference))
+        except InputError as error:
+            raise InputError(f"{run.run}: reference {error}") from error
         name = settings.reference
     return Target(_prepared(run, (volume, affine, name), settings), t)
 

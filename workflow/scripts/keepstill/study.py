@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TextIO
 
 from keepstill.bids import Run, Sidecars, filter_runs, index_runs, lone_metadata
 from keepstill.config import Config, effective_config, filters_of, run_table_of, settings_of
-from keepstill.errors import InputError
+from keepstill.errors import InputError, counted
+from keepstill.files import claim_output_dir
 from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
 from keepstill.run_table import read_run_table
 from keepstill.settings import RealignSettings
@@ -252,15 +253,11 @@ def clear_stage(study: Study, plan: Plan) -> None:
 
 
 def hold_stage(study: Study) -> TextIO:
-    """Claim the study's stage directory for as long as the returned file is open."""
+    """Claim the study's output and stage directories, the latter while the file is open."""
+    claim_output_dir(study.output_dir, "output_dir")
     claim_stage_root(study.stage_root)
     sweep_stage_root(study.stage_root)
     return hold_stage_dir(study.stage_dir)
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and what it counts: ``1 run``, ``2 runs``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _none_older(made: Iterable[Path], source: Path) -> bool:

@@ -11,17 +11,17 @@ ENGINE = SCRIPTS / "keepstill"
 LAYERS = (
     ("", "errors"),
     ("files", "settings", "kernels"),
-    ("geometry", "masks", "smooth", "survey"),
+    ("geometry", "masks", "smooth", "survey", "blobs"),
     ("nifti", "bids", "lanes"),
     ("manifest",),
     ("stage",),
     ("read", "reference"),
     ("estimate", "reslice", "figures", "write"),
-    ("collect", "report"),
+    ("collect", "report", "phantom"),
     ("realign",),
     ("ranks", "warm"),
     ("config",),
-    ("study",),
+    ("study", "simulate"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from nitransforms.linear import load as load_transform
 
-import phantom
 import runs
+from keepstill import phantom
 from keepstill.__main__ import main
 from keepstill.write import itk_transforms
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from keepstill import geometry, phantom
 
+SCRIPTS = Path(__file__).parents[1] / "workflow" / "scripts"
 # The phantom's point spread in tests: 0.9 of a voxel of 3.4 mm.
 POINT_SPREAD_MM = 3.1
 

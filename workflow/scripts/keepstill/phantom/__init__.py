@@ -7,7 +7,7 @@ favoured; a `run` adds noise and other troubles, and `bound` says how well its m
 """
 
 from keepstill.phantom.ball import ball
-from keepstill.phantom.bound import Bound, cramer_rao
+from keepstill.phantom.bound import Bound, cramer_rao, mean_displacement_mm
 from keepstill.phantom.fine import FineHead, fine_head
 from keepstill.phantom.motion import (
     displacement_mm,
@@ -34,6 +34,7 @@ __all__ = [
     "fine_head",
     "grid_affine",
     "make_run",
+    "mean_displacement_mm",
     "numbers_of",
     "pose_of",
     "read_poses",

@@ -296,7 +296,7 @@ def _tissue(fields: dict[str, Field], axes: Axes) -> tuple[Field, Field, Field]:
     brain = _soft(depth["pia"] + 1.2)
     left = np.exp(-fields["air"] - fields["vessels"] * brain)
     signal = left * (brain * signal + _around(fields, axes, brain))
-    return signal, brain, GREY * fields["task"] * grey * brain * left
+    return signal, brain, GREY * np.minimum(fields["task"], 1) * grey * brain * left
 
 
 def _depths(fields: dict[str, Field], axes: Axes) -> dict[str, Field]:

@@ -1,5 +1,6 @@
 """A run of a moving head: volumes with noise and with what else troubles realignment."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,10 +24,11 @@ DROPPED_SIGNAL, _DROPPED_VOLUMES = 0.25, 0.05
 _T1_S = 1.33
 # A ghost's strength changes from volume to volume by this part.
 _GHOST_SD = 0.3
-# Distance from the scanner's centre at which the shading is half its range, mm: the rim of a head.
+# The shading has its range between points so far from the scanner's centre, mm: the rim of a head.
 _SHADING_RADIUS_MM = 80.0
-# Peak, undershoot and its part of the haemodynamic response (Glover 1999, NeuroImage 9:416), s.
-_RESPONSE_S = 32.0
+# Length of the haemodynamic response, and the gamma functions' orders and the undershoot's part
+# that SPM and most others use: peaks at 5 and 15 s, 1/6.
+_RESPONSE_S, _PEAK_S, _UNDERSHOOT_S, _UNDERSHOOT_PART = 32.0, 5, 15, 1 / 6
 _TIME_STEP_S = 0.1
 
 
@@ -186,15 +188,15 @@ def clean_volume(run: Run, t: int) -> Volume:
 def shading(scanner: Scanner, part: float) -> Volume:
     """Sensitivity of the receive coil, (nz, ny, nx), mean about 1.
 
-    It rises by `part` across a head, from the lower left back to the upper right front, and a
-    quarter of that again towards the rim.
+    It rises by `part` across a head, from the left back to the right front and somewhat upwards,
+    and by a tenth of that from the middle to the rim.
     """
     nx, ny, nz = scanner.shape
     voxel = np.stack(np.meshgrid(*map(np.arange, (nz, ny, nx)), indexing="ij")[::-1], axis=-1)
     at = geometry.world(scanner.affine, voxel.astype(np.float64)) / _SHADING_RADIUS_MM
-    slope = (0.55 * at[..., 0] + 0.7 * at[..., 1] + 0.45 * at[..., 2]) / np.sqrt(0.995)
+    slope = 0.60 * at[..., 0] + 0.75 * at[..., 1] + 0.28 * at[..., 2]  # a unit vector
     rim = np.sum(at**2, axis=-1) - 0.5
-    return np.exp(np.clip(0.4 * part * slope + 0.1 * part * rim, -2, 2)).astype(np.float32)
+    return np.exp(np.clip(part * (0.5 * slope + 0.1 * rim), -2, 2)).astype(np.float32)
 
 
 def task_blocks_s(scanner: Scanner, n: int) -> list[tuple[float, float]]:
@@ -204,14 +206,15 @@ def task_blocks_s(scanner: Scanner, n: int) -> list[tuple[float, float]]:
 
 
 def response(scanner: Scanner, n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Times (s) and the response to the task's blocks, 1 at a long block's plateau."""
+    """Times (s) and the response to the task's blocks, 1 at the peak of a long block's."""
     times = np.arange(0.0, n * scanner.tr_s + _TIME_STEP_S, _TIME_STEP_S)
     boxes = np.zeros_like(times)
     for onset, duration in task_blocks_s(scanner, n):
         boxes[(times >= onset) & (times < onset + duration)] = 1.0
     t = np.arange(0.0, _RESPONSE_S, _TIME_STEP_S)
-    kernel = t**5 * np.exp(-t) / 120.0 - t**15 * np.exp(-t) / (6.0 * 1307674368000.0)
-    return times, np.convolve(boxes, kernel / kernel.sum())[: times.size]
+    peak, undershoot = (t**k * np.exp(-t) / math.factorial(k) for k in (_PEAK_S, _UNDERSHOOT_S))
+    kernel = peak - _UNDERSHOOT_PART * undershoot
+    return times, np.convolve(boxes, kernel / np.cumsum(kernel).max())[: times.size]
 
 
 def _activity(run: Run, t: int) -> NDArray[np.float64] | float:

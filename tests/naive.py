@@ -217,3 +217,27 @@ def add_volume(sums, volume, origin, time):
     """Sums of x, time x and x^2, with another volume."""
     x = volume.astype(float) - origin.astype(float)
     return sums + np.stack([x, time * x, x * x])
+
+
+def density(shape, centres, spreads, brights, spacing=1.0, origin=0.0, dtype=float, each=False):
+    """Sum of blobs on full mesh grids, (nx, ny, nz); `each` truncates each blob to `dtype`."""
+    spacing, origin = np.broadcast_to(spacing, 3), np.broadcast_to(origin, 3)
+    axes = [np.arange(n) * h + o for n, h, o in zip(shape, spacing, origin, strict=True)]
+    total = np.zeros(shape, dtype if each else float)
+    for (x0, y0, z0), spread, bright in zip(centres, spreads, brights, strict=True):
+        x, y, z = np.meshgrid(*axes, indexing="ij")
+        r2 = (x - x0) ** 2 + (y - y0) ** 2 + (z - z0) ** 2
+        blob = bright * np.exp(-r2 / spread**2)
+        total += blob.astype(dtype) if each else blob
+    return total
+
+
+def fill_spans(centres, reaches, shape, spacing, origin):
+    """First index within reach of each blob along each axis, and the number of indices."""
+    first, count = np.zeros((2, len(centres), 3), int)
+    for b, a in itertools.product(range(len(centres)), range(3)):
+        at = np.arange(shape[a]) * spacing[a] + origin[a]
+        inside = np.flatnonzero(np.abs(at - centres[b, a]) <= reaches[b])
+        if inside.size:
+            first[b, a], count[b, a] = inside[0], inside.size
+    return first, count

@@ -11,7 +11,7 @@ ENGINE = SCRIPTS / "keepstill"
 LAYERS = (
     ("", "errors"),
     ("files", "settings", "kernels"),
-    ("geometry", "masks", "moving", "smooth", "survey"),
+    ("geometry", "masks", "moving", "smooth", "survey", "blobs"),
     ("nifti", "bids", "lanes"),
     ("manifest", "run_table"),
     ("stage",),
@@ -19,11 +19,11 @@ LAYERS = (
     ("estimate", "reslice", "figures", "maps", "write", "realigned"),
     ("confounds",),
     ("sidecars",),
-    ("collect", "report"),
+    ("collect", "report", "phantom"),
     ("realign",),
     ("ranks", "warm", "progress"),
     ("config",),
-    ("config_files", "study"),
+    ("config_files", "study", "simulate"),
     ("preflight",),
     ("__main__",),
 )

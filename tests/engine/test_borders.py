@@ -8,10 +8,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import phantom
 import runs
 from inputs import edited, small
-from keepstill import survey
+from keepstill import phantom, survey
 from keepstill.__main__ import main
 from keepstill.errors import InputError
 from keepstill.read import open_staged

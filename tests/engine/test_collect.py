@@ -8,8 +8,8 @@ import pytest
 from nitransforms.linear import load as load_transform
 
 import naive
-import phantom
 import runs
+from keepstill import phantom
 from keepstill.__main__ import main
 from keepstill.write import itk_transforms
 

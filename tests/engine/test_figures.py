@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import phantom
-from keepstill import figures, geometry
+from keepstill import figures, geometry, phantom
 
 SHAPE = (64, 60, 36)
 small = st.floats(-0.3, 0.3)
@@ -14,7 +13,7 @@ shift = st.floats(-15, 15)
 
 
 def matrices(n, seed=0, size=2.0):
-    return np.array(phantom.drift(n, seed, size))
+    return phantom.drawn_poses("spikes", n, seed, size)
 
 
 def spm_matrix(p):

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import naive
-import phantom
-from keepstill import geometry
+from keepstill import geometry, phantom
 from keepstill.kernels import bspline, components, moments, sampling, small, sums
 from keepstill.reference import prepare_reference
 from keepstill.settings import EstimateSettings

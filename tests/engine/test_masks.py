@@ -2,21 +2,17 @@
 
 import numpy as np
 
-import phantom
-from keepstill import masks
-
-
-def volume(head):
-    shape = (64, 64, 36)
-    affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
-    return phantom.moving_run(head, [np.eye(4)] * 2, shape, affine, seed=2)
+import runs
+from keepstill import masks, phantom
 
 
 def test_masks(head):
-    run = volume(head)
-    first = np.ascontiguousarray(run.data[..., 0])
+    shape = (64, 64, 36)
+    affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
+    run, volumes = runs.head_run(head, [np.eye(4)] * 2, shape, affine, seed=2)
+    first = volumes[0]
     brain = masks.brain_mask(first)
-    inside = run.clean[..., 0] > 600
+    inside = phantom.clean_volume(run, 0) > 600
     assert (brain & inside).sum() > 0.97 * inside.sum()
     assert not brain[0, 0].any() and not brain[:, 0].any()
     assert brain[18, 32, 32]  # a dark ventricle or a hole is filled

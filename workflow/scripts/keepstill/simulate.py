@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +338,7 @@ def _as_output_error(out: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def volume_bar(n_volumes: int) -> Iterator[Callable[[], object]]:
     """Progress bar of volumes on a terminal, silent elsewhere."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or find_spec("rich") is None:
         yield lambda: None
         return
     from rich.console import Console

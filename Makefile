@@ -1,6 +1,7 @@
 # make demo   realign the small study under tests/data and show where its page is
 # make test   run the tests
 # make lint   check style and types of code and rules
+# make bench-blobs   the ladder of ways to sum blobs, from the naive one upwards
 # make clean  remove the environment, the demo's results and caches
 #
 # The first call sets up .venv from the pinned lists in envs/.
@@ -22,7 +23,7 @@ endef
 export SHOW_RESULTS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean bench-blobs
 
 demo: .venv/run.stamp
 	@$(IN_VENV) snakemake --cores $(CORES)
@@ -38,6 +39,9 @@ lint: .venv/test.stamp
 	@$(IN_VENV) snakefmt --check Snakefile workflow/rules
 	@$(IN_VENV) snakemake --lint
 	@$(IN_VENV) codespell
+
+bench-blobs: .venv/run.stamp
+	@.venv/bin/python benchmarks/blobs.py
 
 clean:
 	rm -rf .venv .snakemake results/demo .hypothesis .mypy_cache .pytest_cache .ruff_cache

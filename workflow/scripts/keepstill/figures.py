@@ -1,6 +1,5 @@
 """Figures of a run: motion numbers, framewise displacement, rms displacement, DVARS, tSNR."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +7,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
+from keepstill.kernels.series import (
+    HALF_BITS,
+    LAG1,
+    MEAN,
+    VARIANCE,
+    add_squared_steps,
+    count_halves,
+    fill_moments,
+    fill_ranked,
+    float_of,
+)
 
 Motions = NDArray[np.float64]
-# Masked voxels that are looked at together, over all volumes.
-_VOXELS_AT_ONCE = 4096
+# Values that are looked at together: masked voxels times volumes.
+_VALUES_AT_ONCE = 1 << 20
 # DVARS is reported on data scaled to this median (Nichols 2013).
 _SCALED_MEDIAN = 1000.0
 _VARIANCE_TOLERANCE = 1e-7
@@ -137,10 +147,20 @@ class Series:
 
     def masked(self, t: int, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
         """Intensity in volume t of some voxels, by flat index; what is no number is 0."""
-        stored = self.voxels[t].reshape(-1)[chosen].astype(np.float32)
-        if stored.dtype.kind == "f":
+        volume = np.asarray(self.voxels)[t]
+        stored = volume.reshape(-1).take(chosen).astype(np.float32, copy=False)
+        if self.voxels.dtype.kind == "f" and not np.isfinite(stored).all():
             stored = np.nan_to_num(stored, posinf=0, neginf=0)
-        return stored * np.float32(self.slope) + np.float32(self.inter)
+        if self.slope != 1.0 or self.inter != 0.0:
+            stored = stored * np.float32(self.slope) + np.float32(self.inter)
+        return stored
+
+    def block(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Intensity of some voxels in all volumes, (n, m)."""
+        out = np.empty((len(self.voxels), chosen.size), np.float32)
+        for t in range(len(out)):
+            out[t] = self.masked(t, chosen)
+        return out
 
 
 @dataclass(frozen=True)
@@ -179,27 +199,28 @@ def series_figures(before: Series, after: Series, mask: NDArray[np.bool_]) -> Se
     DVARS: Nichols 2013, with FSL's lower percentiles, as nipype's `compute_dvars`. Voxels that
     do not vary are left out.
     """
-    n = len(after.voxels)
+    n, voxels = len(after.voxels), np.flatnonzero(mask)
+    median = _median(after, voxels)
+    scale = _SCALED_MEDIAN / median if median > 0 else 1.0
     squares, n_voxels, sd_sum = np.zeros(n - 1), 0, 0.0
-    median = _masked_median(after, mask)
-    scale = np.float32(_SCALED_MEDIAN / median) if median > 0 else np.float32(1)
-    nothing = np.zeros((2, 0))
+    nothing = np.zeros((3, 0))
     moments: dict[str, list[NDArray[np.float64]]] = {"before": [nothing], "after": [nothing]}
-    for block_before, block in zip(_blocks(before, mask), _blocks(after, mask), strict=True):
-        moments["before"].append(_detrended_moments(block_before))
-        moments["after"].append(_detrended_moments(block))
-        scaled = block * scale
-        sd = _robust_sd(scaled)
+    n_at_once = max(1, _VALUES_AT_ONCE // n)
+    for first in range(0, voxels.size, n_at_once):
+        chosen = voxels[first : first + n_at_once]
+        moments["before"].append(_moments(before.block(chosen)))
+        block = after.block(chosen)
+        moments["after"].append(_moments(block))
+        sd = _robust_sd(block) * scale
         keep = sd > _VARIANCE_TOLERANCE
-        scaled, sd = scaled[keep], sd[keep]
-        step = np.diff(scaled, axis=1)
-        squares += np.square(step, dtype=np.float64).sum(axis=0)
-        sd_sum += float((sd * np.sqrt(2.0 * (1.0 - _lag1(scaled)))).sum())
-        n_voxels += len(scaled)
+        add_squared_steps(block, keep.astype(np.float64), squares)
+        lag1 = moments["after"][-1][LAG1]
+        sd_sum += float((sd * np.sqrt(2.0 * (1.0 - lag1)))[keep].sum())
+        n_voxels += int(keep.sum())
     dvars = np.full(n, np.nan)
     expected = 0.0
     if n_voxels > 0:
-        dvars[1:] = np.sqrt(squares / n_voxels)
+        dvars[1:] = scale * np.sqrt(squares / n_voxels)
         expected = sd_sum / n_voxels
     stats = {name: _summary(np.concatenate(parts, axis=1)) for name, parts in moments.items()}
     return SeriesFigures(
@@ -212,56 +233,59 @@ def series_figures(before: Series, after: Series, mask: NDArray[np.bool_]) -> Se
     )
 
 
-def _blocks(series: Series, mask: NDArray[np.bool_]) -> Iterator[NDArray[np.float32]]:
-    """Masked voxels over time, (at most 4096, n) float32 at a time."""
-    voxels = np.flatnonzero(mask)
-    for first in range(0, voxels.size, _VOXELS_AT_ONCE):
-        chosen = voxels[first : first + _VOXELS_AT_ONCE]
-        block = np.empty((chosen.size, len(series.voxels)), np.float32)
-        for t in range(block.shape[1]):
-            block[:, t] = series.masked(t, chosen)
-        yield block
-
-
-def _masked_median(series: Series, mask: NDArray[np.bool_]) -> float:
-    """Median over mask and time."""
-    voxels = np.flatnonzero(mask)
-    values = np.empty((len(series.voxels), voxels.size), np.float32)
-    for t in range(len(values)):
-        values[t] = series.masked(t, voxels)
-    return float(np.median(values)) if values.size else 0.0
+def _moments(block: NDArray[np.float32]) -> NDArray[np.float64]:
+    out = np.empty((3, block.shape[1]))
+    fill_moments(block, out)
+    return out
 
 
 def _robust_sd(block: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Interquartile range / 1.349 of each row, lower percentiles."""
-    n = block.shape[1]
-    low, high = int(0.25 * (n - 1)), int(0.75 * (n - 1))
-    ordered = np.partition(block, (low, high), axis=1)
-    return (ordered[:, high].astype(np.float64) - ordered[:, low]) / _IQR_PER_SD
+    """Interquartile range / 1.349 of each voxel, lower percentiles."""
+    n, m = block.shape
+    low, high = np.empty(m, np.float32), np.empty(m, np.float32)
+    fill_ranked(block, int(0.25 * (n - 1)), low)
+    fill_ranked(block, int(0.75 * (n - 1)), high)
+    return (high.astype(np.float64) - low) / _IQR_PER_SD
 
 
-def _lag1(block: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Lag-1 autocorrelation of each row about its mean (Yule-Walker, biased sums)."""
-    centred = block - block.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32)
-    power = np.square(centred, dtype=np.float64).sum(axis=1)
-    lagged = np.multiply(centred[:, 1:], centred[:, :-1], dtype=np.float64).sum(axis=1)
-    return np.divide(lagged, power, out=np.zeros_like(power), where=power > 0)
+def _median(series: Series, voxels: NDArray[np.int64]) -> float:
+    """Median over some voxels and time, exactly, without holding the series.
+
+    Values are counted by the upper half of their bits, and then, among those with the upper half
+    of the value that is looked for, by the lower.
+    """
+    n_values = voxels.size * len(series.voxels)
+    if n_values == 0:
+        return 0.0
+    by_upper = _counted(series, voxels, -1)
+    by_lower: dict[int, NDArray[np.int64]] = {}
+    middle = []
+    for rank in ((n_values - 1) // 2, n_values // 2):
+        upper, rest = _ranked(by_upper, rank)
+        if upper not in by_lower:
+            by_lower[upper] = _counted(series, voxels, upper)
+        lower, _ = _ranked(by_lower[upper], rest)
+        middle.append(float_of((upper << HALF_BITS) + lower))
+    return sum(middle) / 2
 
 
-def _detrended_moments(block: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean and variance (n - 2 degrees of freedom) of each row about its own line, (2, rows)."""
-    n = block.shape[1]
-    t = np.arange(n, dtype=np.float64) - (n - 1) / 2
-    mean = block.mean(axis=1, dtype=np.float64)
-    centred = block - mean[:, None]
-    slope = (centred * t).sum(axis=1) / (t * t).sum()
-    power = np.square(centred).sum(axis=1) - slope**2 * (t * t).sum()
-    return np.stack([mean, np.maximum(power, 0.0) / max(n - 2, 1)])
+def _counted(series: Series, voxels: NDArray[np.int64], upper: int) -> NDArray[np.int64]:
+    counts = np.zeros(1 << HALF_BITS, np.int64)
+    for t in range(len(series.voxels)):
+        count_halves(series.masked(t, voxels), upper, counts)
+    return counts
+
+
+def _ranked(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
+    """Where the value of a rank stands among counted ones, and its rank among its equals."""
+    until = np.cumsum(counts)
+    place = int(np.searchsorted(until, rank, side="right"))
+    return place, rank - int(until[place] - counts[place])
 
 
 def _summary(moments: NDArray[np.float64]) -> tuple[float, float]:
-    """Median tSNR and mean variance of (2, voxels) moments; 0 where nothing varies."""
-    mean, variance = moments
+    """Median tSNR and mean variance over voxels; 0 where nothing varies."""
+    mean, variance = moments[MEAN], moments[VARIANCE]
     varies = variance > 0
     tsnr = float(np.median(mean[varies] / np.sqrt(variance[varies]))) if varies.any() else 0.0
     return tsnr, float(variance.mean()) if variance.size else 0.0

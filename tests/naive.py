@@ -154,15 +154,6 @@ def fill_by_passes(shape, volume, degree, matrix):
     return out
 
 
-def clear_outside(shape, matrix, moving_shape):
-    """Mask (nz, ny, nx) of the voxels whose source lies inside the moving field of view."""
-    nz, ny, nx = shape
-    out = np.zeros(shape, bool)
-    for z, y, x in itertools.product(range(nz), range(ny), range(nx)):
-        out[z, y, x] = is_inside((matrix @ (x, y, z, 1.0))[:3], moving_shape)
-    return out
-
-
 def step_sums(points, values, spans, scale):
     """Sums of a Gauss-Newton step over sampling points."""
     right, outside, squares = np.zeros(7), np.zeros((7, 7)), 0.0
@@ -241,3 +232,35 @@ def fill_spans(centres, reaches, shape, spacing, origin):
         if inside.size:
             first[b, a], count[b, a] = inside[0], inside.size
     return first, count
+
+
+def fill_moments(block):
+    """Mean, variance about the own line, lag-1 autocorrelation of each column of (n, m)."""
+    out = np.empty((3, block.shape[1]))
+    for i, line in enumerate(block.astype(float).T):
+        t = np.arange(len(line))
+        rest = line - np.polyval(np.polyfit(t, line, 1), t) if len(line) > 1 else line * 0
+        centred = line - line.mean()
+        power = (centred**2).sum()
+        lag1 = (centred[1:] * centred[:-1]).sum() / power if power > 0 else 0.0
+        out[:, i] = line.mean(), (rest**2).sum() / max(len(line) - 2, 1), lag1
+    return out
+
+
+def fill_ranked(block, rank):
+    """Value of a rank in each column."""
+    return np.sort(block, axis=0)[rank]
+
+
+def add_squared_steps(block, weights):
+    """Weighted sum over columns of squared steps between rows."""
+    return (np.diff(block.astype(float), axis=0) ** 2 * weights).sum(axis=1)
+
+
+def clear_outside(shape, matrix, moving_shape):
+    """Mask (nz, ny, nx) of the voxels whose source lies inside the moving field of view."""
+    nz, ny, nx = shape
+    out = np.zeros(shape, bool)
+    for z, y, x in itertools.product(range(nz), range(ny), range(nx)):
+        out[z, y, x] = is_inside((matrix @ (x, y, z, 1.0))[:3], moving_shape)
+    return out

@@ -128,7 +128,7 @@ STORED = ("i1", "u1", "<i2", ">i2", "<u2", "<i4", ">i4", "<u4", "<i8", "<f4", ">
 def test_header_contract_for_every_stored_type(stored, tmp_path):
     """The same numbers in any type and byte order give the same realigned run."""
     affine = phantom.grid_affine((20, 22, 14), (3.0, 3.0, 4.0), "LAS", 11)
-    data = np.rint(runs.ball_run(3) / 12)
+    data = np.rint(runs.ball_run(3) / 20)
     assert data.max() <= 127
     kind = nib.Nifti2Header if stored in ("<i8", ">f8") else nib.Nifti1Header
     source = runs.write_stored(tmp_path / "a_bold.nii", data.astype(stored), affine, kind)

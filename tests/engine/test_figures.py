@@ -133,6 +133,16 @@ def test_failed_volumes_do_not_say_what_is_expected():
     assert found.std_dvars[4] > 20 and found.std_dvars[6] > 20
 
 
+@pytest.mark.parametrize("n_values", [1, 2, 7, 1000])
+@pytest.mark.parametrize("offset", [0.0, -40.0, 900.0])
+def test_median(n_values, offset):
+    """DVARS is scaled by the median over mask and time, exactly."""
+    values = np.random.default_rng(n_values).normal(offset, 30, (n_values, 1, 1, 3))
+    values = values.astype(np.float32)
+    found = figures._median(values, np.arange(n_values), np.arange(3))
+    assert found == pytest.approx(np.median(values.astype(np.float64)), rel=1e-12)
+
+
 def test_two_volumes_have_no_dvars():
     """A quartile of two values is one of them: no voxel varies by that measure."""
     series = np.random.default_rng(0).random((2, 3, 4, 5)).astype(np.float32)

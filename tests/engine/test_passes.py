@@ -11,7 +11,7 @@ import runs
 from keepstill import phantom
 from keepstill.kernels import bspline, passes
 from keepstill.moving import Asked, Coefficients, fill_values, prepare_moving
-from keepstill.reslice import reslice_volume
+from keepstill.reslice import coverage, reslice_volume
 
 DEGREES = (1, 2, 3, 4, 5)
 
@@ -193,3 +193,17 @@ def test_error_against_the_truth_is_that_of_the_direct_sum(head, angle_deg):
     )
     assert error(out) < 1.02 * quintic
     assert error(out) < 0.98 * cubic
+
+
+def test_coverage_is_what_every_resliced_volume_has():
+    shape, affine = (9, 12, 20), np.diag([3.0, 3.0, 4.0, 1.0])
+    matrices = np.array([moved(seed, angle_rad=0.1, shift=9.0) for seed in range(3)])
+    covered = coverage(matrices, (affine, (20, 12, 9)), affine, shape)
+    expected = np.ones(shape, bool)
+    for matrix in matrices:
+        moving = prepare_moving(np.ones(shape, np.float32), 1, Coefficients(shape))
+        out = np.empty(shape, np.float32)
+        reslice_volume(out, moving, affine, matrix, affine)
+        expected &= out > 0
+    assert 0 < expected.sum() < expected.size
+    np.testing.assert_array_equal(covered, expected)

@@ -100,7 +100,7 @@ def parse_layout(first_bytes: bytes, run: str, affine_source: str = "auto") -> L
         raise InputError(f"{run}: axes {tuple(sizes)} found; a run needs x, y, z and time")
     try:
         dtype = header.get_data_dtype()
-    except HeaderDataError:
+    except (HeaderDataError, KeyError):  # KeyError: a code that NIfTI does not know
         dtype = None
     if dtype is None or dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise InputError(
@@ -151,7 +151,8 @@ def _affine(
         affine = header.get_base_affine().astype(np.float64)
     elif code == 0:
         raise InputError(f"{run}: affine_source {affine_source} asked for, but its code is 0")
-    sizes = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    with np.errstate(all="ignore"):
+        sizes = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     # The bounds are far beyond any scanner; they keep damaged headers out of the arithmetic.
     if not np.isfinite(affine).all() or not (sizes.min() > 1e-3 and sizes.max() < 1e3):
         raise InputError(

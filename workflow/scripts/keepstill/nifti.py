@@ -17,6 +17,8 @@ _SPACE_UNITS = {1: "m", 2: "mm", 3: "micron"}
 _SECONDS = {8: 1.0, 16: 1e-3, 24: 1e-6}
 # Header affines that differ by more than this anywhere in the field place the head elsewhere.
 _POSITION_TOLERANCE_MM = 1.0
+# Intensity scales beyond these leave no room in a float32.
+_SCALES = (1e-20, 1e20)
 # Largest cosine between two axes of a grid; more is shear, which no rigid motion can undo.
 _MOST_SHEAR = 0.01
 # Fields that stay true of what is made of a run.
@@ -128,8 +130,10 @@ def _scaling(header: Any, run: str) -> tuple[float, float]:
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or not np.isfinite(slope):
         return 1.0, 0.0
-    if not np.isfinite(inter):
-        raise InputError(f"{run}: scl_inter {inter} found; the header is damaged")
+    if not (_SCALES[0] < abs(slope) < _SCALES[1] and abs(inter) < _SCALES[1]):
+        raise InputError(
+            f"{run}: scl_slope {slope:g} and scl_inter {inter:g} found; the header is damaged"
+        )
     return slope, inter
 
 

@@ -46,12 +46,16 @@ class StagedRun:
         return int(self.found["n_dummy"])
 
     def volume(self, t: int) -> NDArray[np.float32]:
-        """Volume t, (nz, ny, nx) float32, in the units that slope and intercept give."""
-        stored = self.voxels[t].astype(np.float32)
-        if self.layout.slope != 1.0:
-            stored *= np.float32(self.layout.slope)
-        if self.layout.inter != 0.0:
-            stored += np.float32(self.layout.inter)
+        """Volume t, (nz, ny, nx) float32, in the units that slope and intercept give.
+
+        What is no number there, or too large for a float32, is none here.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored = self.voxels[t].astype(np.float32)
+            if self.layout.slope != 1.0:
+                stored *= np.float32(self.layout.slope)
+            if self.layout.inter != 0.0:
+                stored += np.float32(self.layout.inter)
         return stored
 
 

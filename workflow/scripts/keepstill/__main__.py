@@ -12,6 +12,7 @@ from typing import Any
 from keepstill import __version__
 from keepstill.errors import KeepstillError
 from keepstill.settings import RealignSettings
+from keepstill.start import start_quickly
 
 EPILOG = """\
 A run is realigned where this command runs: on all cores that the process may use, or on the ranks
@@ -106,6 +107,7 @@ def _dummy_scans(text: str) -> str | int:
 
 
 def _realign(args: argparse.Namespace) -> int:
+    start_quickly()
     from keepstill.ranks import run_in_world
 
     settings = RealignSettings(

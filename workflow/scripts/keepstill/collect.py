@@ -14,7 +14,6 @@ from keepstill import __version__, figures, geometry, write
 from keepstill.bids import derivative_name
 from keepstill.errors import OutputError
 from keepstill.files import put_file
-from keepstill.kernels.components import dilated
 from keepstill.manifest import (
     Manifest,
     Stamp,
@@ -22,7 +21,7 @@ from keepstill.manifest import (
     remember_input,
     write_manifest,
 )
-from keepstill.masks import brain_mask
+from keepstill.masks import brain_mask, dilated
 from keepstill.nifti import made_header
 from keepstill.read import StagedRun, open_staged
 from keepstill.reslice import coverage

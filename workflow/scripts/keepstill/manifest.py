@@ -20,7 +20,7 @@ from keepstill.settings import RealignSettings
 
 PACKAGE = Path(__file__).parent
 # What cannot change a run's files: where and when things run, what is shown, what is shared out.
-WITHOUT_EFFECT = ("__main__", "config", "lanes", "study", "report", "warm")
+WITHOUT_EFFECT = ("__main__", "config", "lanes", "start", "study", "report", "warm")
 
 REFERENCES = ("first", "middle", "mean")  # anything else is the path of a file
 

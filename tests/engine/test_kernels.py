@@ -168,12 +168,6 @@ def test_largest_component(seed, density):
     assert (found <= mask).all()
 
 
-@pytest.mark.parametrize("reach", [0, 1, 3, 20])
-def test_dilated(reach):
-    mask = np.random.default_rng(1).random((6, 9, 8)) < 0.03
-    np.testing.assert_array_equal(components.dilated(mask, reach), naive.dilated(mask, reach))
-
-
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
 def test_small_algebra(seed):

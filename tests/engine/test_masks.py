@@ -1,7 +1,9 @@
 """Head and brain are found on the phantom."""
 
 import numpy as np
+import pytest
 
+import naive
 import runs
 from keepstill import masks, phantom
 
@@ -24,3 +26,11 @@ def test_masks(head):
 def test_nothing_is_found_in_nothing():
     assert masks.clip_level(np.zeros((3, 3, 3), np.float32)) == 0
     assert not masks.head_mask(np.zeros((3, 3, 3), np.float32), 1).any()
+
+
+@pytest.mark.parametrize("reach", [0, 1, 3, 20])
+def test_dilated(reach):
+    mask = np.random.default_rng(1).random((6, 9, 8)) < 0.03
+    before = mask.copy()
+    np.testing.assert_array_equal(masks.dilated(mask, reach), naive.dilated(mask, reach))
+    np.testing.assert_array_equal(mask, before)

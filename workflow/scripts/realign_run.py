@@ -5,9 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-from keepstill.ranks import n_threads_of, realign_staged, run_in_world
-from keepstill.realign import Crew
 from keepstill.settings import RealignSettings
+from keepstill.start import start_quickly
 
 
 def main() -> None:
@@ -19,6 +18,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = RealignSettings.from_json(args.settings)
+    start_quickly()
+    from keepstill.ranks import n_threads_of, realign_staged, run_in_world
+    from keepstill.realign import Crew
+
     sys.exit(
         run_in_world(
             args.ranks,

@@ -16,6 +16,7 @@ from keepstill import __version__
 from keepstill.errors import KeepstillError, SettingsError
 from keepstill.progress import VolumeProgress
 from keepstill.settings import RealignSettings
+from keepstill.start import start_quickly
 
 TRIPLES = ("voxel_mm", "shape", "point_spread_voxels")
 EPILOG = """\
@@ -200,6 +201,7 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _realign(args: argparse.Namespace) -> int:
+    start_quickly()
     from keepstill.ranks import run_in_world
 
     settings = RealignSettings(

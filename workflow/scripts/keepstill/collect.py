@@ -14,7 +14,6 @@ from keepstill import figures, write
 from keepstill.confounds import OUTLIER, Columns, is_known_change, is_steady_change, make_confounds
 from keepstill.errors import OutputError, counted
 from keepstill.files import put_file, put_text
-from keepstill.kernels.components import dilated
 from keepstill.manifest import (
     Manifest,
     Stamp,
@@ -24,7 +23,7 @@ from keepstill.manifest import (
     write_manifest,
 )
 from keepstill.maps import Moments, temporal_moments
-from keepstill.masks import brain_mask
+from keepstill.masks import brain_mask, dilated
 from keepstill.nifti import made_header
 from keepstill.realigned import Realigned, open_result
 from keepstill.reslice import coverage

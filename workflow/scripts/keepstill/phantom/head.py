@@ -32,12 +32,14 @@ Field = NDArray[np.floating]  # float32 too, but the checker loses track of it i
 Axes = tuple[Field, Field, Field]
 
 # Intensity of each tissue; grey matter is 1000.
-GREY, WHITE, FLUID, VENTRICLE = 1000.0, 830.0, 1700.0, 1750.0
-PALLIDUM, SCALP, BONE, MUSCLE = 640.0, 190.0, 30.0, 160.0
+GREY, WHITE, FLUID, VENTRICLE = 1000.0, 870.0, 1550.0, 1650.0
+PALLIDUM, SCALP, BONE, MUSCLE = 640.0, 170.0, 25.0, 150.0
 # Softness of a border: half the width over which a tissue goes from 12% to 88%, mm.
 _EDGE_MM = 0.8
 # The cortex: fluid to this distance from a sulcus or the surface, grey matter to that, mm.
 _FLUID_MM, _CORTEX_MM = 0.5, 2.7
+# Fluid around the brain, mm.
+_RIM_MM = 0.8
 # Sulci end at this depth, mm.
 _SULCUS_MM = 15.0
 # Sulci are where sine(number * fold field) is zero: a wave, not the field itself, since a field
@@ -157,10 +159,10 @@ def draw_head(seed: int) -> Head:
         pallidum=_jittered(mirrored(string([(18, 6, -6), (21, -5, -4)], [5, 5])), rng),
         eyes=_jittered(mirrored(blobs([(34, 62, -44), (30, 60, -36)], [8, 5])), rng),
         texture=joined(
-            scattered(rng, 9000, (72, 92, 76), (1.8, 3.6)).scaled(0.065),
-            scattered(rng, 400, (72, 92, 76), (7, 14)).scaled(0.04),
+            scattered(rng, 9000, (72, 92, 76), (1.6, 3.2)).scaled(0.09),
+            scattered(rng, 500, (72, 92, 76), (6, 12)).scaled(0.045),
         ),
-        skin=scattered(rng, 7000, (90, 112, 118), (3.5, 8)).scaled(0.6),
+        skin=scattered(rng, 7000, (90, 112, 118), (3.5, 8)).scaled(0.75),
         vessels=_vessels(rng),
         air=_air(rng),
         task=mirrored(blobs([(10, -84, -4), (22, -78, 4), (40, -20, 40)], [15, 13, 13])),
@@ -293,8 +295,8 @@ def _tissue(fields: dict[str, Field], axes: Axes) -> tuple[Field, Field, Field]:
         inside = _soft((fields[name] - at) / (0.6 * at))
         signal += inside * (level - signal)
     signal *= 1 + fields["texture"]
-    brain = _soft(depth["pia"] + 1.2)
-    left = np.exp(-fields["air"] - fields["vessels"] * brain)
+    brain = _soft(depth["pia"] + _RIM_MM)
+    left = np.exp(-fields["air"] * np.exp(0.5 * fields["skin"]) - fields["vessels"] * brain)
     signal = left * (brain * signal + _around(fields, axes, brain))
     return signal, brain, GREY * np.minimum(fields["task"], 1) * grey * brain * left
 

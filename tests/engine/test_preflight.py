@@ -179,7 +179,7 @@ def test_free_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
 def test_complete_runs_are_not_opened(made: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
-    def spy(source: Path, run: str) -> object:
+    def spy(source: Path, run: str, affine_source: str) -> object:
         opened.append(run)
         raise InputError(f"{run}: not now")
 

@@ -92,7 +92,7 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
     unreadable = []
     for name in names:
         try:
-            layout = read_layout(study.runs[name].source, name)
+            layout = read_layout(study.runs[name].source, name, study.settings.affine_source)
         except InputError as error:
             unreadable.append((name, str(error).removeprefix(f"{name}: ")))
             continue
@@ -130,7 +130,7 @@ def run_needs(layout: Layout, settings: RealignSettings, grid_voxels: int | None
     )
 
 
-def read_layout(source: Path, run: str) -> Layout:
+def read_layout(source: Path, run: str, affine_source: str = "auto") -> Layout:
     """Layout of a run, from the first bytes of its file.
 
     Raises
@@ -139,6 +139,8 @@ def read_layout(source: Path, run: str) -> Layout:
         If the file cannot be read, begins with no NIfTI header, or is too small for its header.
     """
     try:
+        if not source.is_file() and source.exists():
+            raise InputError(f"{run}: {source} is no plain file")
         with source.open("rb", buffering=0) as file:
             first_bytes = file.read(PEEK_BYTES)
             n_bytes = os.fstat(file.fileno()).st_size
@@ -147,7 +149,7 @@ def read_layout(source: Path, run: str) -> Layout:
     if first_bytes.startswith(GZIP_MAGIC):
         n_bytes *= MAX_DEFLATED
         first_bytes = _inflated(first_bytes, run)
-    layout = parse_layout(first_bytes[:HEADER_BYTES], run)
+    layout = parse_layout(first_bytes[:HEADER_BYTES], run, affine_source)
     if n_bytes < layout.n_bytes:
         raise InputError(
             f"{run}: {_gb(layout.n_bytes)} promised by the header (axes {layout.shape}), at most "

@@ -16,7 +16,6 @@ from typing import Any, NoReturn, TypeVar, cast
 import numpy as np
 
 from keepstill.errors import InputError, KeepstillError, LaunchError
-from keepstill.files import put_private
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
@@ -28,7 +27,7 @@ from keepstill.realign import (
     realign_volumes,
 )
 from keepstill.settings import RealignSettings
-from keepstill.stage import MOTION
+from keepstill.stage import MOTION, put_staged
 
 # What launchers tell a rank of the world's size: MPICH and Slurm's PMI-2, Open MPI, PMIx.
 _WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
@@ -225,7 +224,7 @@ def _realign_all(
 
 def _finish(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
     _refuse_if_none(run, found)
-    _save(stage_dir, target, found)
+    _save(stage_dir, run, target, found)
 
 
 def _refuse_if_none(run: StagedRun, found: Part) -> None:
@@ -237,7 +236,7 @@ def _refuse_if_none(run: StagedRun, found: Part) -> None:
         )
 
 
-def _save(stage_dir: Path, target: Target, found: Part) -> None:
+def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
     estimates = list(found.estimates.values())
     reference = target.reference
     missing = np.zeros((0, 0, 0), np.bool_) if found.missing is None else found.missing
@@ -255,4 +254,4 @@ def _save(stage_dir: Path, target: Target, found: Part) -> None:
         missing=missing,
         n_missing=found.n_missing,
     )
-    put_private(stage_dir / MOTION, saved.getvalue())
+    put_staged(stage_dir / MOTION, saved.getvalue(), run.run)

@@ -91,7 +91,7 @@ def read_volume(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     try:
         image = nib.load(path)
         voxels = np.asanyarray(image.dataobj, dtype=np.float32)
-    except (OSError, EOFError, ImageFileError) as error:
+    except (OSError, EOFError, ValueError, MemoryError, OverflowError, ImageFileError) as error:
         raise InputError(f"{path}: not readable as NIfTI ({error}); check the file") from error
     shape = image.shape[:3]
     if len(shape) != 3 or voxels.size != np.prod(shape):

@@ -73,6 +73,7 @@ def prepare_reference(
     affine: NDArray[np.float64],
     settings: EstimateSettings,
     in_plane: bool = False,
+    missing: NDArray[np.bool_] | None = None,
 ) -> Reference:
     """Sampling points, Jacobians and normal matrices of a reference volume.
 
@@ -85,6 +86,8 @@ def prepare_reference(
     settings : EstimateSettings
     in_plane : bool
         Whether steps are held to the plane of the grid's first two axes.
+    missing : (nz, ny, nx) bool, optional
+        Voxels that were no numbers and have been filled.
 
     Raises
     ------
@@ -92,6 +95,8 @@ def prepare_reference(
         If no voxel stands out from the background.
     """
     points_mask = _without_border(head_mask(volume, rim_voxels=3))
+    if missing is not None:
+        points_mask &= ~missing
     if not points_mask.any():
         raise EmptyVolumeError("the reference shows no head: no voxel stands out from background")
     z, y, x = np.nonzero(points_mask)

@@ -37,6 +37,9 @@ REALIGNED_VOXELS = "realigned.raw"
 MOTION = "motion.npz"
 _OVERFLOW = "overflow"  # a link to where the voxels are, if they are not here
 _LOCK = "lock"
+# Room for what is written later: staged.json and motion.npz with its reference and masks.
+_ROOM = "room"
+_ROOM_BYTES, _ROOM_BYTES_A_VOXEL, _ROOM_BYTES_A_VOLUME = 1 << 18, 10, 1 << 10
 _SINGLE = "run-"
 DEFAULTS = RealignSettings()
 _CHUNK_BYTES = 1 << 20
@@ -44,6 +47,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _TR_TOLERANCE_S = 1e-3
 # A longer repetition time is milliseconds under a header that says seconds.
 _LONGEST_TR_S = 100.0
+# A shorter one is seconds under a header that says milliseconds.
+_SHORTEST_TR_S = 0.03
 # Deflate cannot do better than this (1032), so a header that promises more is wrong.
 _MOST_GZIP_RATIO = 1040
 
@@ -100,7 +105,7 @@ def stage_run(
         _write_voxels(chunks, voxels_dir / STAGED_VOXELS, layout, run)
         volumes = map_volumes(voxels_dir / STAGED_VOXELS, layout)
         warnings += check_signal(volumes, run)
-        n_dummy = _dummy_volumes(volumes, settings, run)
+        n_dummy = _dummy_volumes(volumes, layout, settings, run)
         tr_s, odd = _repetition_time(layout, metadata, run)
     except BaseException:
         _clear(voxels_dir)
@@ -122,7 +127,25 @@ def stage_run(
         "affine_source": settings.affine_source,
         "voxels_dir": str(voxels_dir),
     }
-    put_private(stage_dir / STAGED, json.dumps(found).encode())
+    put_staged(stage_dir / STAGED, json.dumps(found).encode(), run)
+
+
+def put_staged(path: Path, content: bytes, run: str) -> None:
+    """Write one of a stage directory's small files, into the room that was kept for them.
+
+    Raises
+    ------
+    StageError
+        If there is none left.
+    """
+    (path.parent / _ROOM).unlink(missing_ok=True)
+    try:
+        put_private(path, content)
+    except OSError as error:
+        raise StageError(
+            f"{run}: {path} cannot be written ({error.strerror}); free some room, or choose "
+            "another stage_root"
+        ) from error
 
 
 def remove_stage(stage_dir: Path) -> None:
@@ -160,7 +183,9 @@ def claim_stage_root(stage_root: Path) -> None:
             stage_root.chmod(0o700)
     except FileExistsError as error:
         raise StageError(f"stage root {stage_root}: is no folder; remove it") from error
-    except PermissionError as error:
+    except OSError as error:
+        if isinstance(error, StageError):
+            raise
         raise StageError(f"stage root {stage_root}: {error}; choose another stage_root") from error
 
 
@@ -178,7 +203,10 @@ def single_stage_dir(stage_root: Path) -> Iterator[Path]:
     """
     claim_stage_root(stage_root)
     sweep_stage_root(stage_root)
-    made = Path(tempfile.mkdtemp(prefix=".new-", dir=stage_root))
+    try:
+        made = Path(tempfile.mkdtemp(prefix=".new-", dir=stage_root))
+    except OSError as error:
+        raise StageError(f"stage root {stage_root}: {error}; choose another stage_root") from error
     with (made / _LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stage_dir = made.rename(stage_root / f"{_SINGLE}{made.name.removeprefix('.new-')}")
@@ -294,12 +322,15 @@ def _checked_stamp(source: Path, run: str) -> Any:
         )
     try:
         stamp = stamp_of(source)
-        with source.open("rb"):
-            pass
+        if source.is_file():
+            with source.open("rb"):
+                pass
     except OSError as error:
         raise InputError(
             f"{run}: {source} cannot be read ({error.strerror}); check path and permissions"
         ) from error
+    if not source.is_file():
+        raise InputError(f"{run}: {source} is no plain file; needs a .nii or .nii.gz file")
     if stamp.bytes == 0:
         raise InputError(f"{run}: {source.name} is an empty file; copy it again")
     return stamp
@@ -311,8 +342,10 @@ def _reserve(stage_dir: Path, layout: Layout, settings: RealignSettings, run: st
     n_realigned = 4 * int(np.prod(layout.shape, dtype=np.int64)) if is_resliced else 0
     sizes = {STAGED_VOXELS: layout.n_bytes, REALIGNED_VOXELS: n_realigned}
     needed = sum(sizes.values())
+    n_voxels = int(np.prod(layout.shape[:3], dtype=np.int64))
+    room = _ROOM_BYTES + _ROOM_BYTES_A_VOXEL * n_voxels + _ROOM_BYTES_A_VOLUME * layout.shape[3]
     try:
-        _allocate(stage_dir, sizes)
+        _allocate(stage_dir, sizes | {_ROOM: room})
         return stage_dir
     except OSError as error:
         _clear(stage_dir)
@@ -325,17 +358,17 @@ def _reserve(stage_dir: Path, layout: Layout, settings: RealignSettings, run: st
     try:
         (stage_dir / _OVERFLOW).unlink(missing_ok=True)
         (stage_dir / _OVERFLOW).symlink_to(spare)
-        spare.mkdir(mode=0o700, exist_ok=True)
+        claim_stage_root(spare)
         _allocate(spare, sizes)
     except OSError as error:
         _clear(spare)
         _clear(stage_dir)
         raise StageError(
-            f"{run}: {needed / 1e6:.0f} MB needed; neither {stage_dir.parent} ({reason}) nor "
+            f"{run}: {needed / 1e6:.3g} MB needed; neither {stage_dir.parent} ({reason}) nor "
             f"{overflow} ({error.strerror}) has them; free some, or set stage_root or TMPDIR"
         ) from error
     _log.warning(
-        "%s: %.0f MB do not fit in %s (%s); staged in %s instead",
+        "%s: %.3g MB do not fit in %s (%s); staged in %s instead",
         run,
         needed / 1e6,
         stage_dir.parent,
@@ -348,7 +381,7 @@ def _reserve(stage_dir: Path, layout: Layout, settings: RealignSettings, run: st
 def _allocate(folder: Path, sizes: dict[str, int]) -> None:
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     if sum(sizes.values()) > free:  # asked first: a header may claim terabytes
-        raise OSError(28, f"only {free / 1e6:.0f} MB free")
+        raise OSError(28, f"only {free / 1e6:.3g} MB free")
     for name, n_bytes in sizes.items():
         handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
@@ -359,7 +392,7 @@ def _allocate(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in (STAGED_VOXELS, REALIGNED_VOXELS, _OVERFLOW):
+    for name in (STAGED_VOXELS, REALIGNED_VOXELS, _OVERFLOW, _ROOM):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -395,9 +428,11 @@ def _refuse_impossible_size(layout: Layout, n_file_bytes: int, run: str) -> None
         )
 
 
-def _dummy_volumes(volumes: NDArray[Any], settings: RealignSettings, run: str) -> int:
+def _dummy_volumes(
+    volumes: NDArray[Any], layout: Layout, settings: RealignSettings, run: str
+) -> int:
     if settings.dummy_scans == "auto":
-        return count_dummies(volumes)
+        return count_dummies(volumes, layout.slope, layout.inter)
     n_dummy = int(settings.dummy_scans)
     if n_dummy > len(volumes) - 2:
         raise InputError(
@@ -433,6 +468,10 @@ def _header_repetition_time(layout: Layout, run: str) -> tuple[float | None, lis
     tr_s = layout.header_tr_s
     if not np.isfinite(tr_s) or tr_s <= 0:
         return None, []
+    if tr_s < _SHORTEST_TR_S:
+        return tr_s * 1000, [
+            f"{run}: a repetition time of {tr_s:g} s by the header's unit must be seconds"
+        ]
     if tr_s < _LONGEST_TR_S:
         return tr_s, []
     return tr_s / 1000, [

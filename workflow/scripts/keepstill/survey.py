@@ -53,7 +53,7 @@ def check_signal(volumes: NDArray[Any], run: str) -> list[str]:
     return []
 
 
-def count_dummies(volumes: NDArray[Any]) -> int:
+def count_dummies(volumes: NDArray[Any], slope: float = 1.0, inter: float = 0.0) -> int:
     """Number of first volumes that are brighter because magnetisation is not steady yet.
 
     The mean of each of the first 60 volumes is held against the later half of these.
@@ -62,11 +62,13 @@ def count_dummies(volumes: NDArray[Any]) -> int:
     ----------
     volumes : (n, nz, ny, nx)
         As stored, mapped.
+    slope, inter : float
+        Intensity = stored value * slope + inter.
     """
     n = min(len(volumes), _FIRST_VOLUMES)
     if n < 4:
         return 0
-    means = np.array([_mean(volume) for volume in volumes[:n]])
+    means = np.array([_mean(volume) for volume in volumes[:n]]) * slope + inter
     steady = means[n // 2 :]
     middle = float(np.median(steady))
     deviation = _SD_PER_MAD * float(np.median(np.abs(steady - middle)))

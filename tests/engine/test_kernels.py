@@ -143,9 +143,9 @@ def test_fill_unmoved():
 
 
 def test_step_sums_and_normal_matrix():
-    z, y, x = np.meshgrid(*(np.linspace(-1.6, 1.6, n) for n in (9, 10, 12)), indexing="ij")
-    noise = np.random.default_rng(3).normal(size=x.shape)
-    volume = (800 / (1 + np.exp(9 * (x**2 + y**2 + z**2 - 1))) + 5 * noise).astype(np.float32)
+    ball = phantom.ball((12, 10, 9)).T
+    noise = np.random.default_rng(3).normal(size=ball.shape)
+    volume = np.ascontiguousarray(ball + 5 * noise, np.float32)
     affine = np.diag([3.0, 3.0, 4.0, 1.0])
     reference = prepare_reference(volume, affine, EstimateSettings())
     points = reference.fine.points

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -130,7 +131,11 @@ def by_direct_sums(view, pose, voxels, step_mm=0.4):
     return np.array(values)
 
 
-@pytest.mark.parametrize("pose", [np.eye(4), MOVED], ids=["unmoved", "moved"])
+@pytest.mark.parametrize(
+    "pose",
+    [np.eye(4), MOVED, phantom.rigid((-6.0, 7.0, 3.0), (10.0, -8.0, 12.0))],
+    ids=["unmoved", "moved", "far"],
+)
 def test_volume_agrees_with_a_much_finer_evaluation(camera, pose):
     """0.2% of grey matter, rms; the noise of a volume is 1.7% at tSNR 60."""
     rng = np.random.default_rng(2)
@@ -189,7 +194,7 @@ def test_storage_order_is_only_an_order(head, axcodes):
         for axis, code in enumerate(codes):
             xyz = np.flip(xyz, axis) if code in "LPI" else xyz
         views.append(xyz.transpose(np.argsort(order)))
-    np.testing.assert_allclose(views[0], views[1], atol=0.1)  # of about 1000
+    np.testing.assert_allclose(views[0], views[1], atol=2e-2)
 
 
 def test_point_spread_is_as_wide_as_declared():
@@ -253,6 +258,17 @@ def test_same_seed_same_bytes_in_any_order(head, still):
     other = phantom.make_run(head, runs.scanner(SHAPE, AFFINE), [MOVED] * 6, seed=4)
     assert (phantom.volume_of(other, 0) != backwards[1]).mean() > 0.99
     assert (backwards[0] != backwards[1]).mean() > 0.99
+
+
+def test_volumes_can_be_made_at_the_same_time(head):
+    """Threads share the head and nothing else."""
+    poses = phantom.drawn_poses("steps", 24, 2)
+    run = phantom.make_run(head, runs.scanner(SHAPE, AFFINE), poses)
+    alone = [phantom.volume_of(run, t) for t in range(0, 24, 4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda t: phantom.volume_of(run, t), range(0, 24, 4)))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_truth_maps_volume_0_to_each_volume(head):

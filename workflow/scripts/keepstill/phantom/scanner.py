@@ -4,23 +4,18 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from nibabel.orientations import io_orientation
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.typing import NDArray
 
 from keepstill import geometry
 from keepstill.errors import SettingsError
-from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.phantom.fine import FWHM_PER_SD, FineHead
-from keepstill.phantom.head import Grid
 from keepstill.phantom.motion import rigid
-from keepstill.reslice import reslice_volume
+from keepstill.phantom.spline import Spline, fill_sampled, spline_of
 
 Matrix = NDArray[np.float64]
 Volume = NDArray[np.float32]
 
-# A quintic spline reads between the points of the fine grid.
-_DEGREE = 5
 # Error allowed to the sum over nodes that stands for the rest of the point spread, at any
 # frequency, after the blur: a part of the contrast. It makes the point spread a little less
 # Gaussian, equally for every pose, so it hides no interpolation.
@@ -64,10 +59,8 @@ class Camera:
     Attributes
     ----------
     scanner : Scanner
-    signal, active : Fine
-        Splines of the fine head.
-    brain : Fine
-        Spline of the part that is brain.
+    signal, active, brain : Spline
+        Of the fine head.
     nodes : tuple of (weight, (x, y, z))
         Points, in voxels about a voxel's centre, whose weighted sum is the rest of the point
         spread.
@@ -78,19 +71,11 @@ class Camera:
     """
 
     scanner: Scanner
-    signal: "Fine"
-    active: "Fine"
-    brain: "Fine"
+    signal: Spline
+    active: Spline
+    brain: Spline
     nodes: tuple[tuple[float, tuple[float, float, float]], ...]
     n_between: int
-
-
-@dataclass(frozen=True)
-class Fine:
-    """Spline of a fine volume, its axes in the scanner's order; affine is head mm from voxel."""
-
-    spline: Moving
-    affine: Matrix
 
 
 def grid_affine(
@@ -123,7 +108,7 @@ def aim(scanner: Scanner, head: FineHead) -> Camera:
     """
     size_x = float(geometry.voxel_sizes_mm(scanner.affine)[0])
     signal, active, brain = (
-        _fine(volume, head.grid, scanner.affine)
+        spline_of(volume, head.grid, scanner.affine)
         for volume in (head.tissue.signal, head.tissue.active, head.tissue.brain)
     )
     return Camera(
@@ -134,34 +119,6 @@ def aim(scanner: Scanner, head: FineHead) -> Camera:
         nodes=_nodes(scanner, head.blur_sd_mm),
         n_between=max(1, round(size_x / head.grid.spacing_mm)),
     )
-
-
-def _fine(volume: Volume, grid: Grid, affine: Matrix) -> Fine:
-    """Spline of what is not zero of a (nz, ny, nx) volume."""
-    bounds = [_extent(volume, axis) for axis in (2, 1, 0)]
-    kept = volume[tuple(slice(*bounds[axis]) for axis in (2, 1, 0))].T  # x, y, z
-    origin = np.array(grid.origin_mm) + [low * grid.spacing_mm for low, _ in bounds]
-    out = np.zeros((4, 4))
-    out[3, 3], out[:3, 3] = 1.0, origin
-    order = io_orientation(affine)
-    for v, (axis, sign) in enumerate(order):
-        w = int(axis)
-        out[w, v] = sign * grid.spacing_mm
-        if sign < 0:
-            kept = np.flip(kept, w)
-            out[w, 3] += (kept.shape[w] - 1) * grid.spacing_mm
-    turned = np.ascontiguousarray(kept.transpose([int(axis) for axis in order[:, 0]]).T)
-    return Fine(prepare_moving(turned, _DEGREE, Coefficients(turned.shape)), out)
-
-
-def _extent(volume: Volume, axis: int) -> tuple[int, int]:
-    """From and to of what is not zero along an axis, one plane of zeros to either side."""
-    others = tuple(a for a in range(3) if a != axis)
-    filled = np.flatnonzero(volume.any(axis=others))
-    n = volume.shape[axis]
-    if filled.size == 0:
-        return 0, min(n, 4)
-    return max(int(filled[0]) - 1, 0), min(int(filled[-1]) + 2, n)
 
 
 def _nodes(
@@ -221,13 +178,11 @@ def brain_part(camera: Camera, pose: Matrix) -> Volume:
     """Part of each voxel's centre that is brain, (nz, ny, nx) float32."""
     nx, ny, nz = camera.scanner.shape
     out = np.empty((nz, ny, nx), np.float32)
-    from_world = geometry.inverse(pose)
-    fine = camera.brain
-    reslice_volume(out, fine.spline, fine.affine, from_world, camera.scanner.affine)
+    fill_sampled(out, camera.brain, geometry.inverse(pose), camera.scanner.affine)
     return out
 
 
-def _sampled(camera: Camera, fine: Fine, poses: Matrix) -> Volume:
+def _sampled(camera: Camera, spline: Spline, poses: Matrix) -> Volume:
     nx, ny, nz = camera.scanner.shape
     n = camera.n_between
     out = np.zeros((nz, ny, nx), np.float32)
@@ -237,11 +192,10 @@ def _sampled(camera: Camera, fine: Fine, poses: Matrix) -> Volume:
         dense_from_voxel[0, 0] = 1.0 / n
         affine = geometry.compose(camera.scanner.affine, dense_from_voxel)
         if poses.ndim == 2:
-            reslice_volume(dense, fine.spline, fine.affine, geometry.inverse(poses), affine)
+            fill_sampled(dense, spline, geometry.inverse(poses), affine)
         else:
             for k in range(nz):
                 here = geometry.compose(affine, geometry.translation(np.array([0, 0, k])))
-                back = geometry.inverse(poses[k])
-                reslice_volume(dense[k : k + 1], fine.spline, fine.affine, back, here)
+                fill_sampled(dense[k : k + 1], spline, geometry.inverse(poses[k]), here)
         out += np.float32(weight) * dense[:, :, ::n]
     return out

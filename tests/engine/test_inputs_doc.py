@@ -73,8 +73,8 @@ ALSO = (
     (
         "NaN or Inf in some voxels",
         "warned",
-        "N values, in N voxels, are no numbers; they were filled from their neighbours and are left "
-        "out of the figures",
+        "N values, in N voxels, are no numbers; they were filled from their neighbours and are "
+        "left out of the figures",
     ),
     (
         "one volume all zero or NaN",

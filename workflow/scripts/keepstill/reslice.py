@@ -52,9 +52,7 @@ def _grid_rows(shape: tuple[int, int, int]) -> NDArray[np.int64]:
     nz, ny, nx = shape
     y, z = (index.ravel() for index in np.indices((ny, nz)))
     none = np.zeros_like(y)
-    rows = np.column_stack([y, z, none, none + nx, (z * ny + y) * nx])
-    rows.setflags(write=False)
-    return rows
+    return np.column_stack([y, z, none, none + nx, (z * ny + y) * nx])
 
 
 def coverage(

@@ -95,11 +95,11 @@ def stage_run(
     stage_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     metadata = origin.metadata(source, run)
     stamp = _checked_stamp(source, run)
-    chunks = _Chunks(source, run)
+    chunks = Chunks(source, run)
     layout = parse_layout(chunks.peek(HEADER_BYTES), run, settings.affine_source)
     check_run_shape(layout, run, settings.in_plane)
     warnings = check_units(layout, run)
-    _refuse_impossible_size(layout, stamp.bytes, run)
+    refuse_impossible_size(layout, stamp.bytes, run)
     voxels_dir = _reserve(stage_dir, layout, settings, run)
     try:
         _write_voxels(chunks, voxels_dir / STAGED_VOXELS, layout, run)
@@ -240,7 +240,7 @@ def sweep_stage_root(stage_root: Path) -> None:
             remove_stage(folder)
 
 
-class _Chunks:
+class Chunks:
     """A file's decompressed bytes, chunk by chunk, while its own bytes are hashed."""
 
     def __init__(self, source: Path, run: str) -> None:
@@ -396,7 +396,7 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _write_voxels(chunks: _Chunks, path: Path, layout: Layout, run: str) -> None:
+def _write_voxels(chunks: Chunks, path: Path, layout: Layout, run: str) -> None:
     n_bytes = 0
     with path.open("r+b") as file:
         for chunk in chunks:
@@ -419,7 +419,7 @@ def map_volumes(path: Path, layout: Layout) -> NDArray[Any]:
     return np.memmap(path, layout.dtype, "r", layout.offset, layout.shape[::-1])
 
 
-def _refuse_impossible_size(layout: Layout, n_file_bytes: int, run: str) -> None:
+def refuse_impossible_size(layout: Layout, n_file_bytes: int, run: str) -> None:
     """Refuse a header that promises more than the file can hold, before taking room for it."""
     if layout.n_bytes > n_file_bytes * _MOST_GZIP_RATIO:
         raise InputError(

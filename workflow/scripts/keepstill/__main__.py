@@ -1,5 +1,4 @@
-"""The command line: ``keepstill realign``, ``plan``, ``config``, ``simulate``, ``selftest``,
-``warm``."""
+"""The command line: ``realign``, ``plan``, ``config``, ``simulate``, ``selftest``, ``warm``."""
 
 import argparse
 import contextlib

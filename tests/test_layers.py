@@ -17,14 +17,14 @@ LAYERS = (
     ("stage",),
     ("read", "reference"),
     ("estimate", "reslice", "figures", "maps", "write", "realigned"),
-    ("confounds",),
+    ("confounds", "truth"),
     ("sidecars",),
     ("collect", "report", "phantom"),
     ("realign",),
     ("ranks", "warm", "progress"),
     ("config",),
     ("config_files", "study", "simulate"),
-    ("preflight",),
+    ("preflight", "selftest"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

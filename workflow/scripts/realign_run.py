@@ -19,17 +19,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = RealignSettings.from_json(args.settings)
     start_quickly()
-    from keepstill.ranks import n_threads_of, realign_staged, run_in_world
+    from keepstill.ranks import Alone, World, log_ranks, n_threads_of, realign_staged, run_in_world
     from keepstill.realign import Crew
 
-    sys.exit(
-        run_in_world(
-            args.ranks,
-            lambda world: realign_staged(
-                args.stage_dir, settings, world, Crew(n_threads_of(world))
-            ),
-        )
-    )
+    def work(world: Alone | World) -> None:
+        log_ranks(world)
+        realign_staged(args.stage_dir, settings, world, Crew(n_threads_of(world)))
+
+    sys.exit(run_in_world(args.ranks, work))
 
 
 if __name__ == "__main__":

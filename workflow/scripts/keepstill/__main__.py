@@ -1,4 +1,4 @@
-"""The command line: ``keepstill realign``, ``plan``, ``config``, ``simulate``, ``warm``."""
+"""The command line: ``realign``, ``plan``, ``config``, ``simulate``, ``selftest``, ``warm``."""
 
 import argparse
 import contextlib
@@ -79,6 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_simulate_arguments(simulate)
     simulate.set_defaults(command=_simulate)
+    selftest = commands.add_parser(
+        "selftest",
+        help="realign a small simulated study and compare it with the truth",
+        description="Simulate a small study in the stage root, realign it through the workflow as "
+        "snakemake would, and say how far it is from the truth, how long it took, and where the "
+        "ranks ran. Exits with 1 if that is too far. Leaves nothing behind.",
+    )
+    _add_selftest_arguments(selftest)
+    selftest.set_defaults(command=_selftest)
     warm = commands.add_parser(
         "warm", help="compile the kernels, once", description="Compile the kernels, once."
     )
@@ -173,6 +182,26 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=kind, nargs="+", default=three, metavar="X", help=about)
     parser.add_argument("--slice-timing", action="store_true", help="slices one after the other")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, or an empty one")
+
+
+def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workflow-profile",
+        type=Path,
+        metavar="DIR",
+        help="how jobs and ranks are started (default: profiles/default)",
+    )
+    parser.add_argument("--cores", type=_count, metavar="N", help="default: the profile's, or all")
+    parser.add_argument(
+        "--volumes", type=_count, default=30, metavar="N", help="of each run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stage-root",
+        type=Path,
+        default=Path("/dev/shm"),
+        metavar="DIR",
+        help="where all of it lies meanwhile (default: %(default)s)",
+    )
 
 
 def _dummy_scans(text: str) -> str | int:
@@ -309,6 +338,16 @@ def _simulate(args: argparse.Namespace) -> int:
         simulate_study(args.out, plan, n_threads, progress.count)
     print(f"{n} volumes of {plan.subjects} subjects in {args.out}")
     return 0
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    """Print how a small simulated study went; 1 if not well."""
+    from keepstill.selftest import Trial, selftest
+
+    trial = Trial(args.workflow_profile, args.cores, args.volumes, args.stage_root)
+    lines, is_well = selftest(trial)
+    print("\n".join(lines))
+    return 0 if is_well else 1
 
 
 def _warm(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ their own offsets, and only transforms are gathered.
 """
 
 import io
+import logging
 import os
 import sys
 import traceback
@@ -35,6 +36,8 @@ _WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
 _SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class Alone:
@@ -179,6 +182,13 @@ def n_threads_of(world: Alone | World) -> int:
     mask = os.uname().nodename, tuple(sorted(os.sched_getaffinity(0)))
     masks = world.bcast(world.gather(mask))
     return max(1, len(mask[1]) // masks.count(mask))
+
+
+def log_ranks(world: Alone | World) -> None:
+    """Tell the log, once and in order, which cores each rank may run on."""
+    masks = world.gather(sorted(os.sched_getaffinity(0)))
+    for rank, mask in enumerate(masks or ()):
+        _log.info("rank %d of %d: cores %s", rank, world.size, ",".join(map(str, mask)))
 
 
 def share(n: int, size: int, rank: int) -> range:

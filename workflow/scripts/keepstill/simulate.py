@@ -17,9 +17,9 @@ from keepstill.files import put_text
 from keepstill.phantom.motion import COLUMNS, KINDS
 from keepstill.phantom.run import DROPPED_SIGNAL, Run, task_blocks_s
 from keepstill.sidecars import CODE_URL
+from keepstill.truth import BOUND, BRAIN, TRANSFORMS, TRUTH
 
 BIDS_VERSION = "1.11.0"
-TRUTH = Path("derivatives") / "truth"
 _DEFAULT_VOLUMES = 200
 _INT16_LIMIT = 32767
 
@@ -203,8 +203,8 @@ def _write_run(
 
 def _write_truth(place: _Place, run: Run, bound_mm: dict[str, float]) -> None:
     raw = f"bids:raw:{place.raw('bold.nii.gz').relative_to(place.out).as_posix()}"
-    common = {"Sources": [raw], "CramerRaoBoundMillimetres": bound_mm}
-    transforms = place.truth("from-orig_to-boldref_mode-image_desc-truth_xfm.txt")
+    common = {"Sources": [raw], BOUND: bound_mm}
+    transforms = place.truth(TRANSFORMS)
     put_text(transforms, write.itk_transforms(run.truth))
     write.put_json(transforms.with_suffix(".json"), common | TRANSFORMS_JSON)
     table = place.truth("desc-truth_timeseries.tsv")
@@ -214,7 +214,7 @@ def _write_truth(place: _Place, run: Run, bound_mm: dict[str, float]) -> None:
     columns["dropped_slices"] = (run.lost < 1).sum(axis=1).tolist()
     write.put_table(table, columns)
     write.put_json(table.with_suffix(".json"), common | TABLE_JSON)
-    mask = place.truth("desc-brain_mask.nii.gz")
+    mask = place.truth(BRAIN)
     write.put_volume(mask, _header(run, run.scanner.shape, "uint8"), _brain(run))
     write.put_json(place.truth("desc-brain_mask.json"), {"Sources": [raw], "Type": "Brain"})
 
@@ -265,7 +265,7 @@ def _bold_json(plan: StudyPlan, run: Run, bound_mm: dict[str, float]) -> dict[st
             "point_spread_voxels": list(plan.point_spread_voxels),
             "noise_sd": run.noise_sd,
         },
-        "CramerRaoBoundMillimetres": bound_mm,
+        BOUND: bound_mm,
     }
     if run.scanner.slice_times_s:
         values["SliceTiming"] = list(run.scanner.slice_times_s)

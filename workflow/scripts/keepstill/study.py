@@ -23,6 +23,7 @@ from keepstill.stage import (
     remove_stage,
     sweep_stage_root,
 )
+from keepstill.truth import truth_path
 
 RULES = ("stage", "realign", "collect", "page_run")  # in the order a run goes through them
 WAITING = ": waiting for "  # said by a lane, and no error
@@ -112,6 +113,13 @@ class Study:
         """Arguments that tell stage_run.py what a run is part of."""
         sidecar = self.runs[run].sidecar
         return ["--sidecar", str(sidecar)] if sidecar else ["--bids-dir", str(self.bids_dir)]
+
+    def truth(self, run: str) -> list[str]:
+        """Arguments that tell page_run.py where the truth of a simulated run is, if it is one."""
+        if self.bids_dir is None:
+            return []
+        path = truth_path(self.bids_dir, self.runs[run].source)
+        return ["--truth", str(path)] if path.is_file() else []
 
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""

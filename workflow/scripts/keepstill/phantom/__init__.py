@@ -6,11 +6,11 @@ and sampled (`scanner`) without any use of the run's own voxel grid, so that no 
 favoured; a `run` adds noise and other troubles, and `bound` says how well its motion can be known.
 """
 
+from keepstill.geometry import displacement_mm
 from keepstill.phantom.ball import ball
 from keepstill.phantom.bound import Bound, cramer_rao, mean_displacement_mm
 from keepstill.phantom.fine import FineHead, fine_head
 from keepstill.phantom.motion import (
-    displacement_mm,
     drawn_poses,
     numbers_of,
     pose_of,

@@ -134,13 +134,6 @@ def read_poses(path: Path) -> Matrices:
     return np.array([pose_of(row) for row in six])
 
 
-def displacement_mm(found: Matrices, truth: Matrices, points_mm: Matrices) -> NDArray[np.float64]:
-    """Mean distance (mm) over (m, 3) points between where two (n, 4, 4) sets of maps send them."""
-    difference = found[:, :3] - truth[:, :3]
-    moved = np.einsum("nij,pj->npi", difference[:, :, :3], points_mm) + difference[:, None, :, 3]
-    return np.linalg.norm(moved, axis=-1).mean(axis=-1)
-
-
 def best_rigid(points_mm: Matrices, moved_mm: Matrices) -> Matrices:
     """Rigid (4, 4) map that brings (m, 3) points closest to where they went (Kabsch 1976).
 

@@ -66,7 +66,8 @@ def test_a_workflow_that_fails_is_told(tmp_path):
     profile = tmp_path / "profile"
     profile.mkdir()
     (profile / "config.yaml").write_text(
-        "cores: 2\nset-threads:\n  realign: 2\nkeep-going: true\nset-resources:\n  realign:\n    mpi: no-such-launcher\n    tasks: 2\n"
+        "cores: 2\nset-threads:\n  realign: 2\nkeep-going: true\n"
+        "set-resources:\n  realign:\n    mpi: no-such-launcher\n    tasks: 2\n"
     )
     stage_root = tmp_path / "memory"
     stage_root.mkdir()

@@ -11,10 +11,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 import keepstill
+from keepstill import phantom
 from keepstill.errors import InputError
 from keepstill.report import write_run_page, write_study_page
 from keepstill.report.render import number, size
@@ -22,9 +24,12 @@ from keepstill.report.run_page import name_volumes
 from keepstill.report.run_record import consecutive, flatten, read_confounds, read_run
 from keepstill.report.study_page import SPARK_HEIGHT, SPARK_POINTS, SPARK_WIDTH, sparkline
 from keepstill.settings import RealignSettings
+from keepstill.truth import BOUND, BRAIN, TRANSFORMS
+from keepstill.write import itk_transforms
 
 SVG = "{http://www.w3.org/2000/svg}"
 ENGINE_ROOT = str(Path(keepstill.__file__).parents[1])
+PAGE_OF_A_RUN = ("pages/sub-01_task-rest.html", "figures/sub-01_task-rest.svg")
 ODD_NAME = "sub-01_task-a<b&c$d$_run-1"
 
 
@@ -449,3 +454,63 @@ def test_an_optional_column_may_be_missing(tmp_path):
     confounds = read_confounds(tmp_path / "t.tsv", ["dvars"], ["expected_error_mm"])
     assert np.isnan(confounds.columns["expected_error_mm"]).all()
     assert np.isfinite(confounds.columns["dvars"]).sum() == 9
+
+
+def make_simulated(tmp_path, n_volumes=12, failed=()):
+    """A run that is 0.25 mm off in volume 3 and right elsewhere, and the truth of it."""
+    manifest = make_run(tmp_path / "out", n_volumes=n_volumes, failed=list(failed))
+    truth = np.array([phantom.rigid((0.1 * t, 0, 0.2), (0, 0.3 * t, 0)) for t in range(n_volumes)])
+    truth[0] = np.eye(4)
+    found = truth.copy()
+    found[3, 0, 3] += 0.25
+    transforms = "sub-01/func/sub-01_task-rest_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt"
+    (tmp_path / "out" / transforms).write_text(itk_transforms(found))
+    values = json.loads(manifest.read_text())
+    values["outputs"][transforms] = {"sha256": "e" * 64, "bytes": 1000}
+    manifest.write_text(json.dumps(values))
+    stem = f"{tmp_path}/sub-01_task-rest_"
+    path = Path(stem + TRANSFORMS)
+    path.write_text(itk_transforms(truth))
+    path.with_suffix(".json").write_text(json.dumps({BOUND: {"NoisyReference": 0.005}}))
+    nib.Nifti1Image(np.ones((4, 5, 6), np.uint8), np.diag([3, 3, 3, 1.0])).to_filename(stem + BRAIN)
+    return manifest, path
+
+
+def test_a_simulated_run_shows_its_error(tmp_path):
+    """Five panels, mean and worst in words and numbers, the same bytes twice."""
+    manifest, truth = make_simulated(tmp_path)
+    made = []
+    for _ in range(2):
+        write_run_page(manifest, tmp_path / "out", truth)
+        made.append([read(tmp_path / "out" / path) for path in PAGE_OF_A_RUN])
+    assert made[0] == made[1]
+    page, picture = made[0]
+    assert "Mean error against truth" in page and "in five panels" in page
+    assert f"<dd>{0.25 / 11:.4f} <span>mm" in page and "<dd>0.2500 <span>mm" in page
+    assert "error against truth" in picture
+    assert f"mean {0.25 / 11:.4f}, worst 0.2500" in picture and "bound 0.0050" in picture
+    height = float(ET.fromstring(picture).get("height").removesuffix("pt")) * 96 / 72
+    assert f'height="{height:.0f}"' in page
+
+
+def test_failed_volumes_have_no_error(tmp_path):
+    manifest, truth = make_simulated(tmp_path, failed=[3])
+    write_run_page(manifest, tmp_path / "out", truth)
+    assert "mean 0.0000, worst 0.0000" in read(tmp_path / "out" / PAGE_OF_A_RUN[1])
+
+
+def test_without_a_truth_there_is_no_error(tmp_path):
+    manifest, _ = make_simulated(tmp_path)
+    write_run_page(manifest, tmp_path / "out")
+    assert all("against truth" not in read(tmp_path / "out" / path) for path in PAGE_OF_A_RUN)
+
+
+def test_a_damaged_truth_is_told(tmp_path):
+    manifest, truth = make_simulated(tmp_path)
+    truth.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match=r"truth unreadable .*; simulate the study again"):
+        write_run_page(manifest, tmp_path / "out", truth)
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")

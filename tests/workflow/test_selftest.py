@@ -1,0 +1,78 @@
+"""`keepstill selftest`: a simulated study through the real workflow, and nothing left of it."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from keepstill.errors import SettingsError
+from keepstill.selftest import MOST_BOUNDS, MOST_WORST_MM, RunResult, Trial, selftest
+
+BOUND_MM = 0.005
+
+
+def test_selftest_passes_and_leaves_nothing(tmp_path):
+    stage_root = tmp_path / "memory"
+    stage_root.mkdir()
+    command = [sys.executable, "-m", "keepstill", "selftest", "--volumes", "6", "--cores", "2"]
+    done = subprocess.run(
+        [*command, "--stage-root", str(stage_root)],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": os.defpath},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    head, columns, first, second, seconds, cpu, ranks, verdict = done.stdout.splitlines()
+    assert head.startswith("2 simulated runs of 64x64x36x6, profile ")
+    assert columns.split() == ["run", "mean", "(mm)", "worst", "(mm)", "x", "bound"]
+    for line, subject in ((first, "sub-01"), (second, "sub-02")):
+        name, mean, worst, times, word = line.split()
+        assert (name, word) == (f"{subject}_task-rest_run-1", "pass")
+        assert 0 < float(mean) < float(worst) < MOST_WORST_MM and 0.5 < float(times) < MOST_BOUNDS
+    assert seconds.startswith("seconds a run: stage ") and "n/a" not in seconds + cpu + ranks
+    assert float(cpu.removeprefix("CPU seconds a run: ").split(";")[0]) > 1
+    assert ranks.count("(cores ") == 2 and verdict.startswith("pass: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["memory"]
+    assert list(stage_root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error_mm",
+    [
+        None,
+        [0.01, np.nan],
+        [2 * MOST_BOUNDS * BOUND_MM] * 2,
+        [0.001] * 20 + [2 * MOST_WORST_MM],
+    ],
+    ids=["not complete", "a failed volume", "far from the truth", "one volume far off"],
+)
+def test_what_fails(error_mm):
+    error_mm = None if error_mm is None else np.array(error_mm)
+    result = RunResult("sub-01_task-rest", error_mm, BOUND_MM)
+    assert not result.passes and result.in_words().endswith("FAIL")
+
+
+def test_a_profile_that_is_not_there(tmp_path):
+    with pytest.raises(SettingsError, match=r"workflow profile nowhere: no such folder"):
+        selftest(Trial(profile=tmp_path.relative_to(tmp_path) / "nowhere", stage_root=tmp_path))
+
+
+def test_a_workflow_that_fails_is_told(tmp_path):
+    """Without the profile's launcher: both runs incomplete, why, and nothing left."""
+    profile = tmp_path / "profile"
+    profile.mkdir()
+    (profile / "config.yaml").write_text(
+        "cores: 2\nset-threads:\n  realign: 2\nkeep-going: true\n"
+        "set-resources:\n  realign:\n    mpi: no-such-launcher\n    tasks: 2\n"
+    )
+    stage_root = tmp_path / "memory"
+    stage_root.mkdir()
+    lines, is_well = selftest(Trial(profile=profile, n_volumes=4, stage_root=stage_root))
+    assert not is_well
+    assert sum("not complete" in line and line.endswith("FAIL") for line in lines) == 2
+    assert any("no-such-launcher" in line for line in lines)
+    assert list(stage_root.iterdir()) == []

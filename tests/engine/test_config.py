@@ -51,7 +51,7 @@ def test_every_key_is_explained(name: str, schema: dict[str, Any]) -> None:
     (row,) = (line for line in readme if line.startswith(f"| `{name}` |"))
     _, _, unit, default, explained, _ = (cell.strip() for cell in row.split("|"))
     assert unit == schema["unit"] or schema["unit"] in ("label", "none")
-    shown = {None: "null", True: "true"}.get(schema["default"], str(schema["default"]))
+    shown = yaml.safe_dump(schema["default"]).split("\n")[0]
     assert default.startswith(f"`{shown}`")
     bounds = (schema.get(bound) for bound in ("minimum", "exclusiveMinimum", "maximum"))
     allowed = [*schema.get("enum", ()), *(bound for bound in bounds if bound is not None)]

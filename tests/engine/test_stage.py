@@ -224,7 +224,8 @@ def test_a_run_of_a_table_has_its_own_json_and_no_data_set(tmp_path):
     note = tmp_path / "note.json"
     note.write_text(json.dumps({"RepetitionTime": 2.0}))
     stage_dir = tmp_path / "stage" / "run"
-    stage_run(good(tmp_path), "sub-7_ses-1_task-x", Origin(sidecar=note), stage_dir)
+    source = runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run())
+    stage_run(source, "sub-7_ses-1_task-x", Origin(sidecar=note), stage_dir)
     found = json.loads((stage_dir / STAGED).read_text())
     assert found["folder"] == "sub-7/ses-1/func"
     assert found["bids_dir"] is None

@@ -226,7 +226,7 @@ def test_runs_of_a_table_are_realigned(tmp_path: Path) -> None:
         json.loads((place.output_dir / folder / f"{name}_desc-hmc_bold.json").read_text())
         for folder, name in zip(("sub-7/func", "sub-A1/ses-pre/func"), names, strict=True)
     )
-    assert first["Sources"] == ["first run.nii.gz"]
+    assert first["Sources"][0] == "first run.nii.gz"
     assert (first["TaskName"], second["TaskName"]) == ("unnamed", "headturn")
     described = json.loads((place.output_dir / "dataset_description.json").read_text())
     assert not {"DatasetLinks", "SourceDatasets"} & described.keys()

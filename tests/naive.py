@@ -7,6 +7,8 @@ import numpy as np
 
 def mirror(index, size):
     """Index of an endless signal mirrored about its first and last sample."""
+    if size == 1:
+        return 0
     while index < 0 or index >= size:
         index = -index if index < 0 else 2 * (size - 1) - index
     return index
@@ -25,6 +27,8 @@ def bspline(degree, x):
 def coefficients(signal, degree):
     """B-spline coefficients of a mirrored 1-D signal: solve that the spline meets the samples."""
     n = len(signal)
+    if n == 1:
+        return signal
     matrix = np.zeros((n, n))
     for i in range(n):
         for k in range(-3, 4):
@@ -32,12 +36,26 @@ def coefficients(signal, degree):
     return np.linalg.solve(matrix, signal)
 
 
+def filter_lines(lines, degree):
+    """Coefficients along the first of two axes, without the gain of the prefilter."""
+    poles = np.roots([bspline(degree, float(k)) for k in range(-(degree // 2), degree // 2 + 1)])
+    poles = poles[np.abs(poles) < 1]
+    gain = np.prod((1 - poles) * (1 - 1 / poles))
+    return np.apply_along_axis(coefficients, 0, lines.astype(float), degree) / gain
+
+
+def filter_rows(rows, degree, pad):
+    """The same along the second axis, mirrored for `pad` more at both ends."""
+    inner = filter_lines(rows.T, degree).T
+    n = rows.shape[1]
+    return inner[:, [mirror(i, n) for i in range(-pad, n + pad)]]
+
+
 def fill_coefficients(volume, degree):
     """Coefficients of a (nz, ny, nx) volume, unpadded."""
     out = volume.astype(float)
     for axis in range(3):
-        if out.shape[axis] > 1:
-            out = np.apply_along_axis(coefficients, axis, out, degree)
+        out = np.apply_along_axis(coefficients, axis, out, degree)
     return out
 
 
@@ -63,14 +81,76 @@ def is_inside(position, shape, tolerance=1e-6):
     return all(-tolerance <= p <= n - 1 + tolerance for p, n in zip(position, shape, strict=True))
 
 
-def fill_resliced(coefficients_, degree, matrix, shape, outside):
-    """Volume (nz, ny, nx) of `shape`, sampled at matrix @ (x, y, z, 1)."""
-    nz, ny, nx = shape
-    out = np.full(shape, outside, dtype=float)
-    for z, y, x in itertools.product(range(nz), range(ny), range(nx)):
-        position = (matrix @ (x, y, z, 1.0))[:3]
-        if is_inside(position, coefficients_.shape[::-1]):
-            out[z, y, x] = sample(coefficients_, degree, position)
+def narrow_spans(rows, spans, matrix, shape):
+    """Spans of the points of rows that are asked for and lie in the field of a grid."""
+    out = []
+    for (y, z, x, n, _at), (first, last) in zip(rows, spans, strict=True):
+        positions = [(matrix @ (x + i, y, z, 1.0))[:3] for i in range(n)]
+        inside = [i for i in range(first, last) if is_inside(positions[i], shape)]
+        out.append((inside[0], inside[-1] + 1) if inside else (0, 0))
+    return np.array(out)
+
+
+def fill_directly(rows, spans, coefficients_, degree, matrix):
+    """Values at the points of rows; 0 outside a row's span."""
+    out = np.zeros((rows[:, 3] + rows[:, 4]).max())
+    for (y, z, x, _n, at), (first, last) in zip(rows, spans, strict=True):
+        for i in range(first, last):
+            out[at + i] = sample(coefficients_, degree, (matrix @ (x + i, y, z, 1.0))[:3])
+    return out
+
+
+def fill_unmoved(rows, spans, volume):
+    """Voxels at the points of rows; 0 outside a row's span."""
+    out = np.zeros((rows[:, 3] + rows[:, 4]).max())
+    for (y, z, x, _n, at), (first, last) in zip(rows, spans, strict=True):
+        for i in range(first, last):
+            out[at + i] = volume[z, y, x + i]
+    return out
+
+
+def passes_of(matrix):
+    """X of (i, Y, Z, 1), Y of (i, j, Z, 1) and Z of (i, j, k, 1), solved from random voxels."""
+    voxel = np.random.default_rng(0).normal(size=(20, 4)) * 10
+    voxel[:, 3] = 1
+    source = voxel @ matrix.T
+    i, j, k = voxel[:, 0], voxel[:, 1], voxel[:, 2]
+    x, y, z, one = source.T
+    found = [
+        np.linalg.lstsq(np.stack(known, axis=1), unknown, rcond=None)[0]
+        for known, unknown in (((i, y, z, one), x), ((i, j, z, one), y), ((i, j, k, one), z))
+    ]
+    return np.array(found)
+
+
+def spline_value(coefficients_, degree, position):
+    """B-spline value at a position on a mirrored line."""
+    indices = range(int(np.floor(position)) - 3, int(np.floor(position)) + 5)
+    n = len(coefficients_)
+    return sum(bspline(degree, position - i) * coefficients_[mirror(i, n)] for i in indices)
+
+
+def resampled(volume, axis, degree, positions):
+    """A volume resampled along one axis: value at positions[index] of the line through index."""
+    lines = np.apply_along_axis(coefficients, axis, volume, degree)
+    out = np.empty(positions.shape)
+    for index in np.ndindex(positions.shape):
+        line = list(index)
+        line[axis] = slice(None)
+        out[index] = spline_value(lines[tuple(line)], degree, positions[index])
+    return out
+
+
+def fill_by_passes(shape, volume, degree, matrix):
+    """Volume (nz, ny, nx) of `shape`, sampled at matrix @ (x, y, z, 1) by three passes."""
+    passes = passes_of(matrix)
+    out = volume.astype(float)
+    for axis in (0, 1, 2):
+        here = list(out.shape)
+        here[2 - axis] = shape[2 - axis]
+        z, y, x = np.indices(here)
+        position = np.tensordot(passes[axis], np.stack([x, y, z, np.ones_like(x)]), 1)
+        out = resampled(out, 2 - axis, degree, position)
     return out
 
 
@@ -83,24 +163,20 @@ def clear_outside(shape, matrix, moving_shape):
     return out
 
 
-def step_sums(points, coefficients_, degree, matrix, scale):
-    """Sums of a Gauss-Newton step over sampling points, as `kernels.sums.step_sums`."""
-    right, outside = np.zeros(7), np.zeros((7, 7))
-    squares, n_inside = 0.0, 0
-    for y, z, x, n, first in points.rows:
+def step_sums(points, values, spans, scale):
+    """Sums of a Gauss-Newton step over sampling points."""
+    right, outside, squares = np.zeros(7), np.zeros((7, 7)), 0.0
+    for (_y, _z, _x, n, at), (first, last) in zip(points.rows, spans, strict=True):
         for i in range(n):
-            position = (matrix @ (x + i, y, z, 1.0))[:3]
-            test = points.test_jacobian[:, first + i].astype(float)
-            plain = points.jacobian[:, first + i].astype(float)
-            if not is_inside(position, coefficients_.shape[::-1]):
+            test = points.test_jacobian[:, at + i].astype(float)
+            plain = points.jacobian[:, at + i].astype(float)
+            if not first <= i < last:
                 outside += np.outer(test, plain)
                 continue
-            value = sample(coefficients_, degree, position)
-            residual = scale * value - float(points.values[first + i])
+            residual = scale * float(values[at + i]) - float(points.values[at + i])
             right += test * residual
             squares += residual**2
-            n_inside += 1
-    return right, outside, squares, n_inside
+    return right, outside, squares
 
 
 def normal_matrix(points):
@@ -135,3 +211,9 @@ def solution(matrix, right):
 def product(a, b):
     """a @ b."""
     return a @ b
+
+
+def add_volume(sums, volume, origin, time):
+    """Sums of x, time x and x^2, with another volume."""
+    x = volume.astype(float) - origin.astype(float)
+    return sums + np.stack([x, time * x, x * x])

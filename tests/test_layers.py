@@ -11,15 +11,17 @@ ENGINE = SCRIPTS / "keepstill"
 LAYERS = (
     ("", "errors"),
     ("files", "settings", "kernels"),
-    ("geometry", "masks"),
+    ("geometry", "masks", "moving", "smooth", "survey"),
     ("nifti", "bids", "lanes"),
     ("manifest", "run_table"),
     ("stage",),
     ("read", "reference"),
-    ("estimate", "reslice", "figures", "write"),
+    ("estimate", "reslice", "figures", "maps", "write", "realigned"),
+    ("confounds",),
+    ("sidecars",),
     ("collect", "report"),
     ("realign",),
-    ("ranks", "warm"),
+    ("ranks", "warm", "progress"),
     ("config",),
     ("config_files", "study"),
     ("preflight",),
@@ -73,7 +75,7 @@ def test_an_upward_import_would_be_seen(tmp_path):
 
 def test_estimation_sees_arrays_only():
     """No path and no communicator below the border."""
-    for name in ("estimate", "reslice", "reference", "masks", "geometry", "figures"):
+    for name in ("estimate", "reslice", "reference", "masks", "geometry", "figures", "maps"):
         tops = {module.split(".")[0] for module in imported(ENGINE / f"{name}.py")}
         assert not tops & {"pathlib", "os", "io", "nibabel", "mpi4py"}, name
 

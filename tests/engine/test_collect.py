@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from nitransforms.linear import load as load_transform
 
+import naive
 import phantom
 import runs
 from keepstill.__main__ import main
@@ -18,11 +19,6 @@ def realign(source, out, *options):
         main(["realign", str(source), "--out", str(out), "--threads", "1", *options])
     assert ended.value.code == 0
     return out
-
-
-def table(path):
-    lines = [line.split("\t") for line in path.read_text().splitlines()]
-    return dict(zip(lines[0], zip(*lines[1:], strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +38,12 @@ NAMES = {
     "_desc-hmc_boldref.json",
     "_desc-brain_mask.nii.gz",
     "_desc-brain_mask.json",
+    "_desc-coverage_mask.nii.gz",
+    "_desc-coverage_mask.json",
+    "_stat-tsnr_desc-raw_boldmap.nii.gz",
+    "_stat-tsnr_desc-raw_boldmap.json",
+    "_stat-tsnr_desc-hmc_boldmap.nii.gz",
+    "_stat-tsnr_desc-hmc_boldmap.json",
     "_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt",
     "_from-orig_to-boldref_mode-image_desc-hmc_xfm.json",
     "_desc-confounds_timeseries.tsv",
@@ -58,39 +60,136 @@ def test_files_lie_in_the_folder_and_manifest_lists_them(made):
     assert not list(out.rglob("*.part"))
 
 
+POSITION = (
+    *("sform_code", "qform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
+INTENT = ("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3")
+VOLUMES = {
+    "_desc-hmc_boldref": np.float32,
+    "_desc-brain_mask": np.uint8,
+    "_desc-coverage_mask": np.uint8,
+    "_stat-tsnr_desc-raw_boldmap": np.float32,
+    "_stat-tsnr_desc-hmc_boldmap": np.float32,
+}
+
+
+def check_headers(source, out, run, dtype=np.float32):
+    """What must survive from the run's header into all that is made of it."""
+    before = nib.load(source).header
+    after = nib.load(out / f"{run}_desc-hmc_bold.nii.gz").header
+    assert after.get_data_shape() == before.get_data_shape()
+    assert after.get_data_dtype() == dtype
+    np.testing.assert_array_equal(after["pixdim"][:5], before["pixdim"][:5])
+    assert after.get_xyzt_units() == ("mm", "sec")
+    for field in (*POSITION, *INTENT, "dim_info", "slice_code", "slice_end", "slice_duration"):
+        np.testing.assert_array_equal(after[field], before[field], err_msg=field)
+    for ending, kind in VOLUMES.items():
+        image = nib.load(out / f"{run}{ending}.nii.gz")
+        assert image.shape == before.get_data_shape()[:3]
+        assert image.get_data_dtype() == kind
+        np.testing.assert_array_equal(image.header["pixdim"][:4], before["pixdim"][:4])
+        for field in (*POSITION, *INTENT, "dim_info"):
+            np.testing.assert_array_equal(image.header[field], before[field], err_msg=field)
+        assert np.isfinite(image.get_fdata()).all()
+
+
 def test_header_contract(made):
     source, out = made
+    check_headers(source, out, "sub-01_task-rest")
     before = nib.load(source)
     after = nib.load(out / "sub-01_task-rest_desc-hmc_bold.nii.gz")
-    assert after.shape == before.shape
-    assert after.get_data_dtype() == np.float32
     np.testing.assert_array_equal(after.affine, before.affine)
-    for field in ("sform_code", "qform_code", "quatern_c", "qoffset_y", "srow_z", "pixdim"):
-        np.testing.assert_array_equal(after.header[field], before.header[field], err_msg=field)
-    assert after.header.get_xyzt_units() == ("mm", "sec")
     assert after.header.get_slope_inter()[0] in (None, 1.0)
     np.testing.assert_array_equal(
         after.get_fdata()[..., 0], before.get_fdata()[..., 0], err_msg="the reference is itself"
     )
 
 
+@pytest.mark.parametrize("oblique_deg", [0, 14])
 @pytest.mark.parametrize("axcodes", ["RAS", "LAS", "LPS", "PSL"])
 @pytest.mark.parametrize("dtype", ["float32", "int16"])
-def test_header_contract_for_every_orientation_and_dtype(axcodes, dtype, tmp_path):
-    affine = phantom.grid_affine((20, 22, 14), (3.0, 3.0, 4.0), axcodes, oblique_deg=5)
-    source = runs.write_run(tmp_path / "a_bold.nii", runs.ball_run(3), affine)
+def test_header_contract_for_every_orientation(axcodes, oblique_deg, dtype, tmp_path):
+    affine = phantom.grid_affine((20, 22, 14), (3.0, 3.0, 4.0), axcodes, oblique_deg)
+    source = runs.write_stored(tmp_path / "a_bold.nii", runs.ball_run(3), affine)
     out = realign(source, tmp_path / "out", "--dtype", dtype)
+    check_headers(source, out, "a", np.dtype(dtype))
     image = nib.load(out / "a_desc-hmc_bold.nii.gz")
-    np.testing.assert_allclose(image.affine, affine, atol=1e-5)
     assert nib.aff2axcodes(image.affine) == tuple(axcodes)
-    assert image.get_data_dtype() == np.dtype(dtype)
-    voxels = image.get_fdata()
-    assert np.isfinite(voxels).all()
-    original = nib.load(source).get_fdata()
-    step = abs(float(image.dataobj.slope))
-    np.testing.assert_allclose(
-        voxels[..., 0], original[..., 0], atol=0.51 * step * (dtype == "int16")
-    )
+    voxels, original = image.get_fdata(), nib.load(source).get_fdata()
+    step = float(image.dataobj.slope) if dtype == "int16" else 0.0
+    np.testing.assert_allclose(voxels[..., 0], original[..., 0], atol=0.51 * step)
+
+
+STORED = ("i1", "u1", "<i2", ">i2", "<u2", "<i4", ">i4", "<u4", "<i8", "<f4", ">f4", "<f8", ">f8")
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_header_contract_for_every_stored_type(stored, tmp_path):
+    """The same numbers in any type and byte order give the same realigned run."""
+    affine = phantom.grid_affine((20, 22, 14), (3.0, 3.0, 4.0), "LAS", 11)
+    data = np.rint(runs.ball_run(3) / 12)
+    assert data.max() <= 127
+    kind = nib.Nifti2Header if stored in ("<i8", ">f8") else nib.Nifti1Header
+    source = runs.write_stored(tmp_path / "a_bold.nii", data.astype(stored), affine, kind)
+    out = realign(source, tmp_path / "out", "--dtype", "int16")
+    check_headers(source, out, "a", np.int16)
+    plain = runs.write_stored(tmp_path / "plain" / "a_bold.nii", data.astype("<f4"), affine, kind)
+    there = realign(plain, tmp_path / "plain_out", "--dtype", "int16")
+    for ending in ("_desc-hmc_bold.nii.gz", "_stat-tsnr_desc-raw_boldmap.nii.gz"):
+        found, expected = (nib.load(folder / f"a{ending}").get_fdata() for folder in (out, there))
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("scaling", [(75.5, 0.0), (0.0754, 3100.8), (-2.0, 500.0)])
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_slope_and_intercept_of_the_input(scaling, dtype, tmp_path):
+    affine = phantom.grid_affine((20, 22, 14), (3.0, 3.0, 4.0))
+    source = runs.write_stored(tmp_path / "a_bold.nii", runs.ball_run(3), affine, scaling=scaling)
+    out = realign(source, tmp_path / "out", "--dtype", dtype)
+    check_headers(source, out, "a", np.dtype(dtype))
+    image, original = nib.load(out / "a_desc-hmc_bold.nii.gz"), nib.load(source)
+    assert original.dataobj.slope == pytest.approx(scaling[0])
+    intensity = original.get_fdata()[..., 0]
+    step = abs(float(image.dataobj.slope)) if dtype == "int16" else 0.0
+    rounding = 2e-7 * np.abs(intensity).max()
+    np.testing.assert_allclose(image.get_fdata()[..., 0], intensity, atol=0.51 * step + rounding)
+
+
+def test_tsnr_before_is_that_of_the_intensities(tmp_path):
+    """Slope and intercept are in it, and a drift is not."""
+    affine = phantom.grid_affine((20, 22, 14), (3.0, 3.0, 4.0))
+    data = runs.ball_run(7) + 10 * np.arange(7).astype(np.int16)
+    path = tmp_path / "a_bold.nii"
+    source = runs.write_stored(path, data.astype(np.int16), affine, scaling=(0.0754, 3100.8))
+    out = realign(source, tmp_path / "out")
+    intensity = nib.load(source).get_fdata().reshape(-1, 7)
+    fit = np.polynomial.polynomial.polyfit(np.arange(7), intensity.T, 1)
+    rest = intensity - np.polynomial.polynomial.polyval(np.arange(7), fit)
+    expected = intensity.mean(axis=1) / np.sqrt((rest**2).sum(axis=1) / 5)
+    found = nib.load(out / "a_stat-tsnr_desc-raw_boldmap.nii.gz").get_fdata().ravel()
+    np.testing.assert_allclose(found, expected, rtol=2e-3)  # float32 keeps 3e-4 of 3100.8
+
+
+def test_coverage_is_where_all_volumes_have_data(tmp_path):
+    """Against the slow twin, from the transforms that were written; failed volumes do not count."""
+    affine = phantom.grid_affine((20, 22, 14), (3.0, 3.0, 4.0), "LAS", oblique_deg=11)
+    data = runs.ball_run(5) + 40
+    data[..., 2] = np.roll(data[..., 2], 2, axis=1)
+    data[..., 3] = 0
+    source = runs.write_run(tmp_path / "a_bold.nii.gz", data, affine)
+    out = realign(source, tmp_path / "out")
+    name = "a_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt"
+    matrices = load_transform(out / name, fmt="itk").matrix[[0, 1, 2, 4]]
+    expected = np.ones((14, 22, 20), bool)
+    for matrix in matrices:
+        voxel = np.linalg.inv(affine) @ matrix @ affine
+        expected &= naive.clear_outside(expected.shape, voxel, (20, 22, 14))
+    coverage = nib.load(out / "a_desc-coverage_mask.nii.gz").get_fdata().T > 0
+    np.testing.assert_array_equal(coverage, expected)
+    assert 0.5 < coverage.mean() < 0.95
+    bold = nib.load(out / "a_desc-hmc_bold.nii.gz").get_fdata().T
+    assert (bold[2][~coverage] == 0).any() and (bold[[0, 1, 2, 4]][:, coverage] != 0).all()
 
 
 def test_transforms_are_the_master_matrices(made):
@@ -101,7 +200,7 @@ def test_transforms_are_the_master_matrices(made):
     np.testing.assert_allclose(matrices[0], np.eye(4), atol=1e-12)
     assert np.abs(matrices[3] - np.eye(4)).max() > 0.01
     assert itk_transforms(matrices).count("#Transform") == 6
-    columns = table(out / "sub-01_task-rest_desc-confounds_timeseries.tsv")
+    columns = runs.read_table(out / "sub-01_task-rest_desc-confounds_timeseries.tsv")
     angle = np.arccos((np.trace(matrices[3][:3, :3]) - 1) / 2)
     rotation = np.array([float(columns[f"rot_{axis}"][3]) for axis in "xyz"])
     assert np.linalg.norm(rotation) == pytest.approx(angle, rel=0.02, abs=1e-5)
@@ -109,7 +208,7 @@ def test_transforms_are_the_master_matrices(made):
 
 def test_confounds(made):
     _, out = made
-    columns = table(out / "sub-01_task-rest_desc-confounds_timeseries.tsv")
+    columns = runs.read_table(out / "sub-01_task-rest_desc-confounds_timeseries.tsv")
     assert list(columns)[:10] == [
         *(f"trans_{axis}" for axis in "xyz"),
         *(f"rot_{axis}" for axis in "xyz"),
@@ -119,7 +218,7 @@ def test_confounds(made):
         "std_dvars",
     ]
     assert columns["framewise_displacement"][0] == columns["dvars"][0] == "n/a"
-    assert columns["status"] == ("reference",) + ("ok",) * 5
+    assert columns["status"] == ["reference"] + ["ok"] * 5
     motion = np.array([[float(v) for v in columns[name]] for name in list(columns)[:6]]).T
     change = np.abs(np.diff(motion, axis=0))
     fd_mm = change[:, :3].sum(axis=1) + 50 * change[:, 3:].sum(axis=1)
@@ -132,8 +231,31 @@ def test_sidecars(made):
     bold = json.loads((out / "sub-01_task-rest_desc-hmc_bold.json").read_text())
     assert bold["RepetitionTime"] == 1.5 and bold["TaskName"] == "rest"
     assert bold["SkullStripped"] is False
-    assert bold["KeepstillSettings"]["interpolation_degree"] == 5
-    assert str(out.parent) not in (out / "sub-01_task-rest_desc-hmc_bold.json").read_text()
+    texts = {path.name: path.read_text() for path in out.glob("*.json")}
+    assert len(texts) == len(NAMES) / 2
+    for name, text in texts.items():
+        sidecar = json.loads(text)
+        assert sidecar["Description"] and sidecar["Sources"], name
+        assert sidecar["KeepstillSettings"]["interpolation_degree"] == 5
+        assert sidecar["Reference"] == "volume 0"
+        assert str(out.parent) not in text
+
+
+def test_outside_a_data_set_sources_are_file_names(made):
+    """There is nothing that a BIDS URI could start from."""
+    _, out = made
+    for path in out.glob("*.json"):
+        assert "bids:" not in path.read_text()
+    brain = json.loads((out / "sub-01_task-rest_desc-brain_mask.json").read_text())
+    assert brain["Sources"] == ["sub-01_task-rest_desc-hmc_boldref.nii.gz"]
+
+
+def test_a_run_without_a_task_name_gets_that_of_its_file(tmp_path):
+    """BIDS requires the field of every bold file."""
+    path = tmp_path / "sub-01_task-nback_bold.nii.gz"
+    out = realign(runs.write_run(path, runs.ball_run(3), sidecar=False), tmp_path / "out")
+    bold = json.loads((out / "sub-01_task-nback_desc-hmc_bold.json").read_text())
+    assert bold["TaskName"] == "nback"
 
 
 def test_no_reslice_leaves_transforms_and_tables(made, tmp_path):
@@ -164,6 +286,15 @@ def test_reference_from_a_file_on_its_own_grid(made, tmp_path):
     there = load_transform(made_there / name, fmt="itk").matrix
     corners = np.array([[-25.0, -25, -20], [25, 25, 20], [0, 0, 0]])
     assert phantom.displacement_mm(there, same, corners).max() < 0.1
+    run = "sub-01_task-rest"
+    raw_map = nib.load(made_there / f"{run}_stat-tsnr_desc-raw_boldmap.nii.gz")
+    assert raw_map.shape == image.shape[:3]
+    np.testing.assert_array_equal(raw_map.affine, image.affine)
+    summary = json.loads((made_there / "manifests" / f"{run}.json").read_text())["summary"]
+    assert summary["tsnr_before"] is None and summary["tsnr_after"] > 1
+    boldref = json.loads((made_there / f"{run}_desc-hmc_boldref.json").read_text())
+    assert boldref["Reference"].startswith("ref.nii.gz (sha256:")
+    assert boldref["Sources"] == ["ref.nii.gz"]
 
 
 def test_dead_volume_is_reported_by_number(tmp_path, capsys):
@@ -172,9 +303,9 @@ def test_dead_volume_is_reported_by_number(tmp_path, capsys):
     source = runs.write_run(tmp_path / "a_bold.nii.gz", data)
     out = realign(source, tmp_path / "out")
     assert "volumes that failed: 4" in capsys.readouterr().out
-    columns = table(out / "a_desc-confounds_timeseries.tsv")
+    columns = runs.read_table(out / "a_desc-confounds_timeseries.tsv")
     assert columns["status"][4] == "failed"
-    assert columns["framewise_displacement"][4:6] == ("n/a", "n/a")
+    assert columns["framewise_displacement"][4:6] == ["n/a", "n/a"]
     manifest = json.loads((out / "manifests" / "a.json").read_text())
     assert manifest["summary"]["failed_volumes"] == [4]
 
@@ -186,7 +317,7 @@ def test_output_directory_that_cannot_be_made(tmp_path, capsys):
         main(["realign", str(source), "--out", str(tmp_path / "out")])
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert "a: cannot write below" in error and "Traceback" not in error
+    assert "a: cannot write to" in error and "Traceback" not in error
 
 
 def test_real_runs_lose_temporal_variance(study, tmp_path):

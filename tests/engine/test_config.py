@@ -51,7 +51,9 @@ def test_every_key_is_explained(name: str, schema: dict[str, Any]) -> None:
     (row,) = (line for line in readme if line.startswith(f"| `{name}` |"))
     _, _, unit, default, explained, _ = (cell.strip() for cell in row.split("|"))
     assert unit == schema["unit"] or schema["unit"] in ("label", "none")
-    shown = yaml.safe_dump(schema["default"]).split("\n")[0]
+    shown = {None: "null", True: "true", False: "false"}.get(
+        schema["default"], str(schema["default"])
+    )
     assert default.startswith(f"`{shown}`")
     bounds = (schema.get(bound) for bound in ("minimum", "exclusiveMinimum", "maximum"))
     allowed = [*schema.get("enum", ()), *(bound for bound in bounds if bound is not None)]
@@ -62,7 +64,7 @@ def test_every_key_is_explained(name: str, schema: dict[str, Any]) -> None:
     ("changed", "words"),
     [
         ({"participant": ["01"]}, "'participant' is unknown; did you mean participants?"),
-        ({"zzz": 1}, "'zzz' is unknown; known: bids_dir"),
+        ({"zzz": 1}, "'zzz' is unknown; known: affine_source"),
         ({"estimate": {"degre": 3}}, "estimate: 'degre' is unknown; did you mean degree?"),
         ({"degre": 3}, "'degre' is unknown; did you mean degree in estimate?"),
         ({"interpolation_degree": 9}, "interpolation_degree: 9 found; needs a whole number from 1"),

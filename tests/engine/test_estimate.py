@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import phantom
-from keepstill.estimate import estimate_motion, new_coefficients, prepare_moving
+from keepstill.estimate import estimate_motion
+from keepstill.moving import Coefficients, prepare_moving
 from keepstill.reference import prepare_reference
 from keepstill.settings import EstimateSettings
 
@@ -16,7 +17,7 @@ def estimates_of(run, settings=SETTINGS):
     for volume in volumes:
         volume.setflags(write=False)
     reference = prepare_reference(volumes[0], run.affine, settings)
-    space = new_coefficients(volumes[0].shape)
+    space = Coefficients(volumes[0].shape)
     return [
         estimate_motion(prepare_moving(v, settings.degree, space), run.affine, reference, settings)
         for v in volumes
@@ -104,7 +105,7 @@ def test_error_is_independent_of_the_other_volumes(head):
     together = estimates_of(run)
     reference = prepare_reference(np.ascontiguousarray(run.data[..., 0]), affine, SETTINGS)
     moving = prepare_moving(
-        np.ascontiguousarray(run.data[..., 3]), SETTINGS.degree, new_coefficients((36, 64, 64))
+        np.ascontiguousarray(run.data[..., 3]), SETTINGS.degree, Coefficients((36, 64, 64))
     )
     alone = estimate_motion(moving, affine, reference, SETTINGS)
     np.testing.assert_array_equal(alone.moving_from_reference, together[3].moving_from_reference)

@@ -4,8 +4,7 @@ import itk
 import numpy as np
 import pytest
 
-from keepstill.estimate import new_coefficients, prepare_moving
-from keepstill.kernels.sampling import fill_row, new_work
+from keepstill.moving import Asked, Coefficients, fill_values, prepare_moving
 from keepstill.reference import world_gradient
 
 
@@ -29,12 +28,15 @@ def interpolator(volume, degree):
 @pytest.mark.parametrize("degree", [1, 2, 3, 4, 5])
 def test_values(volume, degree):
     _image, function = interpolator(volume, degree)
-    moving = prepare_moving(volume, degree, new_coefficients(volume.shape))
+    moving = prepare_moving(volume, degree, Coefficients(volume.shape))
+    rows, spans = np.array([[0, 0, 0, 1, 0]]), np.array([[0, 1]])
     rng = np.random.default_rng(degree)
     for _ in range(40):
         position = rng.uniform(1, np.array(volume.shape[::-1]) - 2)
         out = np.empty(1, np.float32)
-        fill_row(out, moving.coefficients, degree, moving.slots, position, np.zeros(3), new_work())
+        matrix = np.diag([0.0, 0.0, 0.0, 1.0])  # no passes: by the sum over all taps
+        matrix[:3, 3] = position
+        assert fill_values(out, Asked(rows, spans), moving, matrix) == 1
         index = itk.ContinuousIndex[itk.D, 3]()
         for axis in range(3):
             index[axis] = float(position[axis])

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 import naive
 import phantom
 from keepstill import geometry
-from keepstill.estimate import new_coefficients, prepare_moving
-from keepstill.kernels import bspline, components, sampling, small, sums
+from keepstill.kernels import bspline, components, moments, sampling, small, sums
 from keepstill.reference import prepare_reference
 from keepstill.settings import EstimateSettings
 
@@ -28,6 +27,31 @@ def moved(seed, size=0.15, shift=0.6):
     return phantom.rigid(rng.uniform(-shift, shift, 3), angles)
 
 
+def poles_of(degree):
+    return np.array(bspline.POLES[degree], np.float32)
+
+
+def full_coefficients(volume, degree):
+    nz, ny, nx = volume.shape
+    out = np.full((nz + 8, ny + 8, nx + 24), np.nan, np.float32)
+    block = np.zeros((nx, 16), np.float32)
+    bspline.fill_coefficients(volume, poles_of(degree), bspline.GAINS[degree], out, block)
+    assert np.isfinite(out).all()
+    return out
+
+
+def grid_rows(shape):
+    """All rows of a (nz, ny, nx) grid: y, z, first x, number, place."""
+    nz, ny, nx = shape
+    return np.array([(y, z, 0, nx, (z * ny + y) * nx) for y in range(ny) for z in range(nz)])
+
+
+def narrowed(rows, matrix, volume):
+    spans = np.column_stack([0 * rows[:, 3], rows[:, 3]])
+    sampling.narrow_spans(spans, rows, matrix, volume.shape[::-1])
+    return spans
+
+
 @pytest.mark.parametrize("degree", DEGREES)
 def test_weights(degree):
     low = 0.0 if degree % 2 else -0.5
@@ -38,11 +62,33 @@ def test_weights(degree):
     np.testing.assert_allclose(out.sum(axis=0), 1, atol=3e-7)
 
 
+SHAPES = [(9, 11, 21), (2, 3, 5), (3, 30, 2), (1, 9, 40), (12, 2, 1)]
+
+
 @pytest.mark.parametrize("degree", DEGREES)
-@pytest.mark.parametrize("shape", [(9, 11, 21), (2, 3, 5), (3, 30, 2)])
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 70])
+def test_filter_lines(degree, n):
+    lines = volume_of((1, n, 5))[0].copy()
+    expected = naive.filter_lines(lines, degree)
+    bspline.filter_lines(lines, poles_of(degree))
+    np.testing.assert_allclose(lines, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 21)])
+def test_filter_rows(degree, shape):
+    rows = volume_of((1, *shape))[0]
+    out = np.full((shape[0], shape[1] + 16), np.nan, np.float32)
+    bspline.filter_rows(rows, poles_of(degree), out, np.zeros((shape[1], 16), np.float32))
+    expected = naive.filter_rows(rows, degree, 8)
+    np.testing.assert_allclose(out, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_coefficients(degree, shape):
     volume = volume_of(shape)
-    padded = prepare_moving(volume, degree, new_coefficients(shape)).coefficients
+    padded = full_coefficients(volume, degree)
     nz, ny, nx = shape
     inner = padded[4 : 4 + nz, 4 : 4 + ny, 4 : 4 + nx]
     expected = naive.fill_coefficients(volume, degree)
@@ -52,43 +98,49 @@ def test_coefficients(degree, shape):
         assert padded[z + 4, y + 4, x + 4] == inner[source]
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_narrow_spans(seed):
+    rows = grid_rows((4, 5, 21))
+    rows[:, 2:4] += (2, -3)
+    spans = np.random.default_rng(seed).integers((0, 12), (6, 18), (len(rows), 2))
+    matrix, shape = moved(seed, shift=2.0), (15, 6, 5)
+    expected = naive.narrow_spans(rows, spans, matrix, shape)
+    n_inside = sampling.narrow_spans(spans, rows, matrix, shape)
+    assert n_inside == (expected[:, 1] - expected[:, 0]).sum() > 0
+    np.testing.assert_array_equal(spans, expected)
+
+
 @pytest.mark.parametrize("degree", DEGREES)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_reslice(degree, seed):
-    volume = volume_of((5, 6, 19), seed)
-    moving = prepare_moving(volume, degree, new_coefficients(volume.shape))
-    matrix = moved(seed)
-    out = np.full((4, 5, 21), np.nan, np.float32)
-    n_inside = sampling.fill_resliced(
-        out, moving.coefficients, degree, moving.slots, matrix, moving.shape, np.float32(-7)
-    )
-    expected = naive.fill_resliced(
-        naive.fill_coefficients(volume, degree), degree, matrix, out.shape, -7
-    )
+def test_fill_directly(degree, seed):
+    volume, matrix = volume_of((5, 6, 19), seed), moved(seed)
+    rows = grid_rows((4, 5, 21))
+    spans = narrowed(rows, matrix, volume)
+    out = np.full(rows[:, 3].sum(), np.nan, np.float32)
+    spline = (degree, *bspline.tap_slots(degree))
+    sampling.fill_directly(out, rows, spans, full_coefficients(volume, degree), spline, matrix)
+    coefficients = naive.fill_coefficients(volume, degree)
+    expected = naive.fill_directly(rows, spans, coefficients, degree, matrix)
     np.testing.assert_allclose(out, expected, atol=5e-5)
-    assert n_inside == (expected != -7).sum()
 
 
-def test_reslice_rows_longer_than_a_chunk():
+def test_rows_longer_than_a_chunk():
     volume = volume_of((3, 3, 150))
-    moving = prepare_moving(volume, 3, new_coefficients(volume.shape))
+    rows = grid_rows(volume.shape)
+    spans = narrowed(rows, np.eye(4), volume)
     out = np.empty_like(volume)
-    sampling.fill_resliced(
-        out, moving.coefficients, 3, moving.slots, np.eye(4), moving.shape, np.float32(0)
-    )
+    full = full_coefficients(volume, 3)
+    sampling.fill_directly(out.reshape(-1), rows, spans, full, (3, 1, 4), np.eye(4))
     np.testing.assert_allclose(out, volume, atol=1e-5)
 
 
-@pytest.mark.parametrize("degree", DEGREES)
-def test_unmoved_volume_is_itself_to_the_border(degree):
-    volume = volume_of((5, 6, 17))
-    moving = prepare_moving(volume, degree, new_coefficients(volume.shape))
-    out = np.empty_like(volume)
-    n_inside = sampling.fill_resliced(
-        out, moving.coefficients, degree, moving.slots, np.eye(4), moving.shape, np.float32(0)
-    )
-    assert n_inside == volume.size
-    np.testing.assert_allclose(out, volume, atol=2e-5)
+def test_fill_unmoved():
+    volume = volume_of((5, 6, 19))
+    rows = grid_rows((5, 6, 21))  # wider than the volume, which spans must know
+    spans = narrowed(rows, np.eye(4), volume)
+    out = np.full(rows[:, 3].sum(), np.nan, np.float32)
+    sampling.fill_unmoved(out, rows, spans, volume)
+    np.testing.assert_array_equal(out, naive.fill_unmoved(rows, spans, volume))
 
 
 def test_clear_outside():
@@ -108,15 +160,13 @@ def test_step_sums_and_normal_matrix():
     reference = prepare_reference(volume, affine, EstimateSettings())
     points = reference.fine.points
     np.testing.assert_allclose(reference.fine.normal, naive.normal_matrix(points), rtol=1e-9)
-    moving = prepare_moving(volume, 3, new_coefficients(volume.shape))
-    matrix = moved(7, size=0.1, shift=2.0)
-    found = sums.step_sums(points, moving, matrix, 1.1)
-    expected = naive.step_sums(points, naive.fill_coefficients(volume, 3), 3, matrix, 1.1)
-    assert found[3] == expected[3]
-    assert 0 < expected[3] < points.rows[:, 3].sum()  # some points are outside
-    for ours, theirs in zip(found[:3], expected[:3], strict=True):
-        scale = np.abs(theirs).max()
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
+    spans = narrowed(points.rows, moved(7, size=0.1, shift=2.0), volume)
+    assert 0 < (spans[:, 1] - spans[:, 0]).sum() < points.rows[:, 3].sum()  # some are outside
+    values = points.values + noise.ravel()[: points.values.size].astype(np.float32)
+    expected = naive.step_sums(points, values, spans, 1.1)
+    found = sums.step_sums(points, values, spans, 1.1)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95))
@@ -150,3 +200,11 @@ def test_singular_matrix_is_said_to_be():
     assert not small.solution(np.ones((3, 3)), np.eye(3))[1]
     with pytest.raises(ValueError, match="singular"):
         geometry.inverse(np.zeros((4, 4)))
+
+
+def test_moments():
+    volume, origin = volume_of((50,), 1), volume_of((50,), 2)
+    before = np.random.default_rng(3).normal(size=(3, 50))
+    found = before.copy()
+    moments.add_volume(found, volume, origin, -2.5)
+    np.testing.assert_allclose(found, naive.add_volume(before, volume, origin, -2.5), rtol=1e-12)

@@ -52,12 +52,13 @@ def make_columns(n_volumes, step_mm, seed=0):
     return columns
 
 
-def write_table(path, columns, status):
-    names = [*columns, "status"]
-    rows = ["\t".join(names)]
+def write_table(path, columns, status, spikes=()):
+    """`spikes`: pairs of a column's name and the volume that it stands for."""
+    rows = ["\t".join([*columns, "status", *(name for name, _ in spikes)])]
     for volume, state in enumerate(status):
         cells = [float(columns[name][volume]) for name in columns]
-        rows.append("\t".join([*("n/a" if np.isnan(x) else repr(x) for x in cells), state]))
+        flags = ["1" if volume == flagged else "0" for _, flagged in spikes]
+        rows.append("\t".join([*("n/a" if np.isnan(x) else repr(x) for x in cells), state, *flags]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
@@ -65,8 +66,8 @@ def write_table(path, columns, status):
 def make_run(output_dir, run="sub-01_task-rest", n_volumes=40, step_mm=0.02, **choices):
     """Write a manifest and a table; return the manifest's path.
 
-    `choices`: failed (volumes), tr_s, seed, columns (replacing some), summary and settings
-    (overriding some), warnings.
+    `choices`: failed, outliers, non_steady (volumes), tr_s, seed, columns (replacing some),
+    summary and settings (overriding some), warnings.
     """
     columns = make_columns(n_volumes, step_mm, choices.get("seed", 0))
     columns |= choices.get("columns", {})
@@ -78,7 +79,15 @@ def make_run(output_dir, run="sub-01_task-rest", n_volumes=40, step_mm=0.02, **c
             if name in columns:
                 columns[name][volume] = np.nan
     table = f"{run.split('_')[0]}/func/{run}_desc-confounds_timeseries.tsv"
-    write_table(output_dir / table, columns, status)
+    flagged = sorted({*failed, *choices.get("outliers", [])})
+    spikes = [
+        *(
+            (f"non_steady_state_outlier{k:02d}", t)
+            for k, t in enumerate(choices.get("non_steady", []))
+        ),
+        *((f"motion_outlier{k:02d}", t) for k, t in enumerate(flagged)),
+    ]
+    write_table(output_dir / table, columns, status, spikes)
     settings = json.loads(RealignSettings().to_json()) | choices.get("settings", {})
     displacement = columns["framewise_displacement"]
     manifest = {
@@ -222,6 +231,31 @@ def test_failed_volumes_are_named_and_leave_gaps(tmp_path):
     assert rows["12"] == ["12", "24.0", "4", "0.0123", "97"]
     figure = text_of(figure_of(tmp_path, "sub-01_task-rest"))
     assert "failed volumes: 5" in figure
+
+
+def section_of(tree, title):
+    """Text of the section below a heading."""
+    sections = (s for s in tree.iter("section") if s.find("h2") is not None)
+    return next(text_of(s) for s in sections if text_of(s.find("h2")) == title)
+
+
+def test_flagged_volumes_are_those_of_the_table(tmp_path):
+    """Failed volumes are flagged too, and named on their own."""
+    choices = {"outliers": [9, 10, 22], "failed": [21], "non_steady": [0, 1, 2]}
+    write_run_page(make_run(tmp_path, **choices), tmp_path)
+    section = section_of(parse_page(page_of(tmp_path, "sub-01_task-rest")), "Outlier volumes")
+    assert "9–10, 22" in section and "21" not in section
+    assert "0–2" in section
+    figure = text_of(figure_of(tmp_path, "sub-01_task-rest"))
+    assert "before the steady state: 3" in figure and "failed volumes: 1" in figure
+
+
+def test_bright_first_volumes_do_not_set_the_scale(tmp_path):
+    columns = make_columns(40, 0.0)
+    columns["std_dvars"][:4] = 1e6
+    write_run_page(make_run(tmp_path, columns=columns, non_steady=[0, 1, 2]), tmp_path)
+    labels = [text_of(e) for e in figure_of(tmp_path, "sub-01_task-rest").iter(f"{SVG}text")]
+    assert not [label for label in labels if "1e6" in label or "000000" in label]
 
 
 def test_values_of_failed_volumes_are_not_drawn(tmp_path):

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import inputs
 import runs
 from keepstill.bids import Origin
 from keepstill.errors import InputError, StageError
@@ -22,120 +23,25 @@ def stage(source, tmp_path):
     return stage_dir
 
 
-def good(tmp_path, **options):
-    return runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(), **options)
-
-
-def truncated(tmp_path):
-    path = good(tmp_path)
-    path.write_bytes(path.read_bytes()[:-4000])
-    return path
-
-
-def truncated_trailer(tmp_path):
-    path = good(tmp_path)
-    path.write_bytes(path.read_bytes()[:-3])
-    return path
-
-
-def bad_crc(tmp_path):
-    path = good(tmp_path)
-    content = bytearray(path.read_bytes())
-    content[-6] ^= 0xFF
-    path.write_bytes(content)
-    return path
-
-
-def text(tmp_path):
-    path = tmp_path / "a_bold.nii.gz"
-    path.write_text("subject,age\n01,23\n" * 100)
-    return path
-
-
-def plain_text(tmp_path):
-    path = tmp_path / "a_bold.nii"
-    path.write_text("subject,age\n01,23\n" * 100)
-    return path
-
-
-def gzipped_text(tmp_path):
-    path = tmp_path / "a_bold.nii.gz"
-    path.write_bytes(gzip.compress(b"no image\n" * 200))
-    return path
-
-
-def empty(tmp_path):
-    path = tmp_path / "a_bold.nii.gz"
-    path.write_bytes(b"")
-    return path
-
-
-def one_3d_volume(tmp_path):
-    return runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run()[..., 0])
-
-
-def one_volume(tmp_path):
-    return runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(1))
-
-
-def zeros(tmp_path):
-    return runs.write_run(tmp_path / "a_bold.nii.gz", 0 * runs.ball_run())
-
-
-def not_numbers(tmp_path):
-    data = np.full((8, 9, 10, 3), np.nan, np.float32)
-    return runs.write_run(tmp_path / "a_bold.nii.gz", data)
-
-
-def one_slice(tmp_path):
-    return runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run()[:, :, 5:6])
-
-
-def missing(tmp_path):
-    return tmp_path / "not_there_bold.nii.gz"
-
-
-def broken_link(tmp_path):
-    path = tmp_path / "a_bold.nii.gz"
-    path.symlink_to(tmp_path / ".git" / "annex" / "objects" / "X")
-    return path
-
-
-def longer_than_its_header(tmp_path):
-    path = good(tmp_path)
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"\1" * 70000))
-    return path
-
-
-def terabytes(tmp_path):
-    header = nib.Nifti1Header()
-    header.set_data_shape((32000, 32000, 32000, 1000))
-    header["magic"], header["vox_offset"], header["sform_code"] = b"n+1", 352, 1
-    header["srow_x"][0] = header["srow_y"][1] = header["srow_z"][2] = 3
-    path = tmp_path / "a_bold.nii"
-    path.write_bytes(header.binaryblock + bytes(4))
-    return path
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (truncated, "truncated"),
-        (truncated_trailer, "truncated"),
-        (bad_crc, "gzip stream is damaged"),
-        (text, "is no gzip file"),
-        (plain_text, "no NIfTI header"),
-        (gzipped_text, "no NIfTI header"),
-        (empty, "empty file"),
-        (one_3d_volume, "at least 2 volumes"),
-        (one_volume, "at least 2 volumes"),
-        (zeros, "one and the same value"),
-        (not_numbers, "no voxel is a number"),
-        (one_slice, "at least 2 voxels along"),
-        (missing, "cannot be read"),
-        (broken_link, "datalad get"),
-        (longer_than_its_header, "more than the"),
-        (terabytes, "free"),
+        (inputs.truncated, "truncated"),
+        (inputs.truncated_trailer, "truncated"),
+        (inputs.bad_crc, "gzip stream is damaged"),
+        (inputs.text, "is no gzip file"),
+        (inputs.plain_text, "no NIfTI header"),
+        (inputs.gzipped_text, "no NIfTI header"),
+        (inputs.empty, "empty file"),
+        (inputs.one_3d_volume, "at least 2 volumes"),
+        (inputs.one_volume, "at least 2 volumes"),
+        (inputs.zeros, "one and the same value"),
+        (inputs.not_numbers, "no voxel is a number"),
+        (inputs.one_slice, "at least 2 voxels along"),
+        (inputs.missing, "cannot be read"),
+        (inputs.broken_link, "datalad get"),
+        (inputs.longer_than_its_header, "more than the"),
+        (inputs.terabytes, "cannot hold them"),
     ],
 )
 def test_refused(make, words, tmp_path):
@@ -163,7 +69,7 @@ def test_staged_as_stored(name, dtype, tmp_path):
 
 
 def test_slope_and_intercept_are_applied(tmp_path):
-    source = good(tmp_path)
+    source = inputs.good(tmp_path)
     content = bytearray(gzip.decompress(source.read_bytes()))
     header = nib.Nifti1Header(bytes(content[:348]))
     header["scl_slope"], header["scl_inter"] = 0.5, 100
@@ -174,7 +80,7 @@ def test_slope_and_intercept_are_applied(tmp_path):
 
 
 def test_several_gzip_members_are_one_file(tmp_path):
-    source = good(tmp_path)
+    source = inputs.good(tmp_path)
     content = gzip.decompress(source.read_bytes())
     source.write_bytes(gzip.compress(content[:5000]) + gzip.compress(content[5000:]) + bytes(512))
     run = open_staged(stage(source, tmp_path))
@@ -182,14 +88,14 @@ def test_several_gzip_members_are_one_file(tmp_path):
 
 
 def test_only_the_user_can_read_what_is_staged(tmp_path):
-    stage_dir = stage(good(tmp_path), tmp_path)
+    stage_dir = stage(inputs.good(tmp_path), tmp_path)
     assert stat.S_IMODE(stage_dir.stat().st_mode) == 0o700
     for path in stage_dir.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_sidecar_wins_over_header(tmp_path):
-    source = good(tmp_path)
+    source = inputs.good(tmp_path)
     source.with_name("a_bold.json").write_text('{"RepetitionTime": 1.5}')
     found = json.loads((stage(source, tmp_path) / STAGED).read_text())
     assert found["tr_s"] == 1.5
@@ -197,7 +103,7 @@ def test_sidecar_wins_over_header(tmp_path):
 
 
 def test_no_room_overflows_to_disk_and_says_so(tmp_path, monkeypatch, caplog):
-    source = good(tmp_path)
+    source = inputs.good(tmp_path)
     spare = tmp_path / "spare"
     spare.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(spare))
@@ -224,8 +130,7 @@ def test_a_run_of_a_table_has_its_own_json_and_no_data_set(tmp_path):
     note = tmp_path / "note.json"
     note.write_text(json.dumps({"RepetitionTime": 2.0}))
     stage_dir = tmp_path / "stage" / "run"
-    source = runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run())
-    stage_run(source, "sub-7_ses-1_task-x", Origin(sidecar=note), stage_dir)
+    stage_run(inputs.good(tmp_path), "sub-7_ses-1_task-x", Origin(sidecar=note), stage_dir)
     found = json.loads((stage_dir / STAGED).read_text())
     assert found["folder"] == "sub-7/ses-1/func"
     assert found["bids_dir"] is None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from keepstill import stage
 from keepstill import study as engine_study
 from keepstill.bids import index_runs
 from keepstill.errors import StageError
@@ -173,32 +174,38 @@ def test_the_stage_of_other_settings_is_another(made: engine_study.Study) -> Non
 
 
 def test_the_stage_root_is_closed_to_others(tmp_path: Path) -> None:
-    root = engine_study.private_stage_root(tmp_path)
+    root = stage.private_stage_root(tmp_path)
     assert root == tmp_path / f"keepstill-{os.getuid()}"
     root.mkdir(mode=0o755)
-    engine_study.claim_stage_root(root)
+    stage.claim_stage_root(root)
     assert root.stat().st_mode & 0o777 == 0o700
-    engine_study.claim_stage_root(root)
+    stage.claim_stage_root(root)
 
 
 def test_a_stage_root_of_somebody_else_is_refused(tmp_path: Path) -> None:
     link = tmp_path / "keepstill-1"
     link.symlink_to(tmp_path)
     with pytest.raises(StageError, match="choose another"):
-        engine_study.claim_stage_root(link)
+        stage.claim_stage_root(link)
     (tmp_path / "file").touch()
     with pytest.raises(StageError, match="is no folder"):
-        engine_study.claim_stage_root(tmp_path / "file")
+        stage.claim_stage_root(tmp_path / "file")
 
 
-def test_only_this_study_s_stage_is_cleared(made: engine_study.Study) -> None:
-    (made.stage_dir / RUNS[0]).mkdir(parents=True)
-    other = made.stage_root / "other"
-    other.mkdir()
-    engine_study.clear_stage(made)
-    assert not made.stage_dir.exists() and other.exists()
-    other.rmdir()
-    engine_study.clear_stage(made)
+def test_only_what_nobody_holds_is_cleared(made: engine_study.Study) -> None:
+    plan = engine_study.Plan(tuple(RUNS[:1]), (), False)
+    own, other = engine_study.hold_stage(made), stage.hold_stage_dir(made.stage_root / "other")
+    for run in RUNS[:2]:
+        (made.stage_dir / run).mkdir()
+        (made.stage_dir / run / "bold.nii").touch()
+    engine_study.clear_stage(made, plan)
+    assert not (made.stage_dir / RUNS[0]).exists()  # this call's
+    assert (made.stage_dir / RUNS[1]).exists()  # perhaps another call's, of the same study
+    own.close()
+    engine_study.clear_stage(made, plan)
+    assert not made.stage_dir.exists() and (made.stage_root / "other").exists()
+    other.close()
+    engine_study.clear_stage(made, plan)
     assert not made.stage_root.exists()
 
 

@@ -55,10 +55,28 @@ def test_int16_scaling_spreads_and_never_wraps(low, span, seed):
     assert np.abs(stored.astype(int)).max() <= 32767
 
 
+@given(st.floats(-1e5, 0), st.floats(1e-3, 1e5), st.integers(0, 2**31))
+@settings(max_examples=100, deadline=None)
+def test_int16_keeps_zero_exactly(low, high, seed):
+    """0 says that a voxel has no data; both ways of multiplying out give it back."""
+    volume = (low + (high - low) * np.random.default_rng(seed).random((3, 4, 5))).astype(np.float32)
+    volume[0, 0, :2], volume[1, 1, :2] = 0, (low, high)
+    slope, inter = write.int16_scaling([volume])
+    stored = write.as_int16(volume, slope, inter)
+    assert slope == np.float32(slope) and inter == np.float32(inter)
+    assert (stored[0, 0, :2] * slope + inter == 0).all()
+    assert (stored[0, 0, :2] * np.float32(slope) + np.float32(inter) == 0).all()
+    assert np.abs(stored.astype(int)).max() <= 32767
+    assert slope <= 1.005 * (high - low) / 65534
+    back = stored.astype(np.float64) * slope + inter
+    assert np.abs(back - volume).max() <= slope * 0.51 + 4e-7 * np.abs(volume).max()
+
+
 def test_int16_of_a_constant():
     volume = np.full((2, 2, 2), 7.5, np.float32)
     slope, inter = write.int16_scaling([volume])
-    assert (write.as_int16(volume, slope, inter) * slope + inter == 7.5).all()
+    back = write.as_int16(volume, slope, inter) * slope + inter
+    np.testing.assert_allclose(back, 7.5, atol=slope)
 
 
 def test_table_cells(tmp_path):

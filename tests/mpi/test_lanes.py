@@ -379,16 +379,9 @@ def test_missing_command_is_one_line_and_exit_2(socket_name, start):
     _, errors = child.communicate()
     assert child.returncode == 2
     assert errors == (
-        "sub-01_task-rest: no-such-mpirun: no such command; needs to be installed and on PATH\n"
+        "keepstill: sub-01_task-rest: no-such-mpirun: no such command; "
+        "needs to be installed and on PATH\n"
     )
-
-
-def test_log_takes_what_is_said(socket_name, start, tmp_path):
-    arguments = launch_arguments(1, [sys.executable, "-c", "print('moved')"])
-    arguments[1:1] = ["--log", str(tmp_path / "log")]
-    child = start(LAUNCH, *arguments)
-    assert child.communicate()[0] == ""
-    assert (tmp_path / "log").read_text() == "moved\n"
 
 
 def test_waiting_lane_names_its_run(socket_name, start):
@@ -396,7 +389,7 @@ def test_waiting_lane_names_its_run(socket_name, start):
     child = start(LAUNCH, *launch_arguments(1, rank_command("go")))
     told = child.stderr.readline()
     lease.release()
-    assert told.startswith("sub-01_task-rest: waiting for 1 of ")
+    assert told.startswith("keepstill: sub-01_task-rest: waiting for 1 of ")
     assert read_json(child)[0] == 0
 
 

@@ -57,7 +57,7 @@ def test_same_bytes_for_any_ranks_and_threads(reference, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         found.append(digests(out))
-    assert len(found[0]) == 11
+    assert len(found[0]) == 17  # eight outputs, their sidecars, the manifest
     assert all(other == found[0] for other in found)
 
 
@@ -76,7 +76,8 @@ def test_failing_rank_ends_all_with_its_own_message(tmp_path):
     assert done.returncode != 0
     assert "a: every voxel has one and the same value" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").rglob("*"))
+    assert done.stderr.count("one and the same value") == 1
 
 
 def test_crashing_rank_ends_all_with_its_traceback(tmp_path):
@@ -128,3 +129,72 @@ def test_alone_never_imports_mpi():
         env=environment | {"PYTHONPATH": SCRIPTS},
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_wrong_reference_is_told_once_and_leaves_nothing_staged(ranks, tmp_path):
+    """All ranks meet this error at once; it is told by one, and all end alike."""
+    source = runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(4))
+    root = tmp_path / "memory"
+    root.mkdir()
+    arguments = ["realign", source, "--out", tmp_path / "out", "--stage-root", root]
+    for _ in range(3):
+        done = call([*arguments, "--reference", tmp_path / "no.nii"], ranks)
+        assert done.returncode == 2
+        assert done.stderr.count("not readable as NIfTI") == 1
+        assert "Traceback" not in done.stderr
+        assert not list(root.rglob("*"))
+
+
+def test_what_a_killed_call_left_goes_with_the_next(tmp_path):
+    """SIGKILL leaves the staged run; its lock is free, so the next call removes it."""
+    source = runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(40, (64, 64, 30)))
+    root = tmp_path / "memory"
+    root.mkdir()
+    command = [sys.executable, "-m", "keepstill", "realign", str(source)]
+    command += ["--out", str(tmp_path / "out"), "--stage-root", str(root), "--threads", "1"]
+    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": SCRIPTS})
+    while not list(root.glob("*/run-*/staged.json")):
+        assert child.poll() is None
+    child.kill()
+    child.wait()
+    left = list(root.glob("*/run-*"))
+    assert len(left) == 1
+    small = runs.write_run(tmp_path / "b_bold.nii.gz", runs.ball_run(3))
+    done = call(["realign", small, "--out", tmp_path / "out", "--stage-root", root])
+    assert done.returncode == 0, done.stderr
+    assert not list(root.rglob("*"))
+
+
+def test_termination_clears_the_stage(tmp_path):
+    source = runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(40, (64, 64, 30)))
+    root = tmp_path / "memory"
+    root.mkdir()
+    command = [sys.executable, "-m", "keepstill", "realign", str(source)]
+    command += ["--out", str(tmp_path / "out"), "--stage-root", str(root), "--threads", "1"]
+    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": SCRIPTS})
+    while not list(root.glob("*/run-*/staged.json")):
+        assert child.poll() is None
+    child.terminate()
+    assert child.wait(timeout=60) == 143
+    assert not list(root.rglob("*"))
+
+
+def test_mean_reference_without_reslicing(tmp_path):
+    """The first pass has to reslice, or there is nothing to take the mean of."""
+    source = runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(5))
+    done = call(["realign", source, "--out", tmp_path, "--reference", "mean", "--no-reslice"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_tasks_of_srun_without_pmi_are_refused(tmp_path):
+    environment = os.environ | {"PYTHONPATH": SCRIPTS, "SLURM_STEP_NUM_TASKS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "keepstill", "realign", "x.nii", "--out", str(tmp_path / "o")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 2
+    assert "srun --mpi=pmi2" in done.stderr

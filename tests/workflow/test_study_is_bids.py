@@ -2,16 +2,16 @@
 
 import gzip
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+
+from validator import Verdict, validate
 
 DATA = Path(__file__).parents[1] / "data"
 STUDY = DATA / "study"
@@ -24,8 +24,6 @@ N_VOLUMES = {
     "sub-03_task-rest": 6,
 }
 GZIP_FLAGS_AND_MTIME = slice(3, 8)  # RFC 1952, section 2.3
-# The installed package itself, not a script of that name elsewhere on PATH.
-VALIDATOR = [sys.executable, "-c", "from bids_validator_deno import cli; cli()"]
 
 
 def run_path(run: str, ending: str) -> Path:
@@ -40,33 +38,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def validation(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[subprocess.CompletedProcess[str], Mapping[str, Any]]:
-    """The validator's process and its report on the study; needs no network."""
-    cache = tmp_path_factory.mktemp("deno")
-    environment = os.environ | {"DENO_DIR": str(cache), "DENO_NO_UPDATE_CHECK": "1"}
-    command = [*VALIDATOR, str(STUDY), "--format", "json"]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert process.stdout.startswith("{"), f"no report from bids-validator-deno: {process.stderr}"
-    return process, json.loads(process.stdout)
+def verdict() -> Verdict:
+    """What the validator says of the study."""
+    return validate(STUDY)
 
 
-def test_validator_finds_no_error(
-    validation: tuple[subprocess.CompletedProcess[str], Mapping[str, Any]],
-) -> None:
+def test_validator_finds_no_error(verdict: Verdict) -> None:
     """Exit 0, and no issue of severity error."""
-    process, report = validation
-    errors = [issue for issue in report["issues"]["issues"] if issue["severity"] == "error"]
-    assert errors == []
-    assert process.returncode == 0
+    assert verdict.issues("error") == []
+    assert verdict.exit_code == 0
 
 
-def test_validator_sees_the_whole_study(
-    validation: tuple[subprocess.CompletedProcess[str], Mapping[str, Any]],
-) -> None:
+def test_validator_sees_the_whole_study(verdict: Verdict) -> None:
     """An empty or wrongly ignored folder would be valid as well."""
-    summary = validation[1]["summary"]
+    summary = verdict.report["summary"]
     assert sorted(summary["subjects"]) == ["01", "02", "03"]
     assert sorted(summary["tasks"]) == ["headturn", "oneback", "rest"]
     assert summary["dataTypes"] == ["func"]

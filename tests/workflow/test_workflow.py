@@ -1,11 +1,13 @@
 """The workflow as a user calls it: what is done, what is not done again, what is told."""
 
+import gzip
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from keepstill.config_files import load_config
 from keepstill.preflight import study_needs
 from keepstill.study import read_study
+from validator import validate
 
 CLONE = Path(__file__).parents[2]
 FIRST, SECOND = "sub-01_task-rest", "sub-02_task-headturn"
@@ -113,7 +116,77 @@ def test_a_study_is_realigned(done: tuple[Place, list[str]]) -> None:
         assert (folder / f"{run}_desc-hmc_bold.nii.gz").is_file()
         for made in (f"manifests/{run}.json", f"figures/{run}.svg", f"pages/{run}.html"):
             assert (place.output_dir / made).is_file()
+        assert (place.output_dir / "figures" / f"{run}_slices.svg").is_file()
     assert (place.output_dir / "index.html").is_file()
+
+
+def test_the_results_are_valid_bids(done: tuple[Place, list[str]]) -> None:
+    """No error; the one hint is that the demo study names no authors."""
+    verdict = validate(done[0].output_dir)
+    assert verdict.issues("error") == []
+    assert verdict.exit_code == 0
+    assert set(verdict.codes("warning")) <= {("TOO_FEW_AUTHORS", None)}
+    assert sorted(verdict.report["summary"]["tasks"]) == ["headturn", "rest"]
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)
+
+
+def test_every_bids_uri_leads_to_a_file(done: tuple[Place, list[str]]) -> None:
+    output_dir = done[0].output_dir
+    description = json.loads((output_dir / "dataset_description.json").read_text())
+    links = {"": ".", **description["DatasetLinks"]}
+    assert not Path(links["raw"]).is_absolute()
+    n_uris = 0
+    for path in output_dir.rglob("func/*.json"):
+        for text in strings(json.loads(path.read_text())):
+            if text.startswith("bids:"):
+                _, data_set, name = text.split(":")
+                assert (output_dir / links[data_set] / name).is_file(), text
+                n_uris += 1
+    assert n_uris >= 2 * 10
+
+
+def test_only_logs_tell_where_and_when(done: tuple[Place, list[str]]) -> None:
+    place, _ = done
+    words = (str(place.root), os.uname().nodename, time.strftime("%Y-%m-%d"))
+    told = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in words))
+    for path in place.output_dir.rglob("*"):
+        if not path.is_file() or "logs" in path.relative_to(place.output_dir).parts:
+            continue
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            assert content[3:8] == bytes(5), path  # neither name nor time (RFC 1952)
+            content = gzip.decompress(content)[:352]
+        assert not told.search(content.decode(errors="replace")), path
+
+
+def test_the_command_line_makes_the_same_bytes(
+    done: tuple[Place, list[str]], tmp_path: Path
+) -> None:
+    """In one folder, and with the folder's name missing from the manifest's paths."""
+    place, _ = done
+    command = [sys.executable, "-m", "keepstill", "realign", str(place.source(FIRST))]
+    subprocess.run([*command, "--out", str(tmp_path / "out")], check=True, capture_output=True)
+    folder = place.output_dir / FIRST[:6] / "func"
+    files = sorted(path for path in (tmp_path / "out").iterdir() if path.is_file())
+    assert [path.name for path in files] == sorted(path.name for path in folder.iterdir())
+    for path in files:
+        assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+    manifests = [
+        json.loads((root / "manifests" / f"{FIRST}.json").read_text())
+        for root in (tmp_path / "out", place.output_dir)
+    ]
+    for manifest in manifests:
+        outputs = manifest["outputs"].items()
+        manifest["outputs"] = {path.rpartition("/")[2]: stamp for path, stamp in outputs}
+    assert manifests[0] == manifests[1]
 
 
 def test_the_outputs_fit_into_what_was_foretold(done: tuple[Place, list[str]]) -> None:
@@ -168,6 +241,7 @@ def test_a_missing_page_costs_no_realignment(done: tuple[Place, list[str]]) -> N
     assert {name for name in after if after[name] != before[name]} == {
         "index.html",
         f"figures/{SECOND}.svg",
+        f"figures/{SECOND}_slices.svg",
         f"pages/{SECOND}.html",
     }
 

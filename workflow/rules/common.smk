@@ -1,7 +1,6 @@
-# What all steps share: the study, what of it is to do, names of files, the ranks' command.
+# What all steps share: the study, what is to do, names of files, the ranks' command.
 import atexit
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -10,8 +9,7 @@ from pathlib import Path
 from snakemake.logging import logger
 
 RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
-CLONE = RULES.parents[1]
-SCRIPTS = RULES.parent / "scripts"
+CLONE, SCRIPTS = RULES.parents[1], RULES.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from keepstill.config_files import refuse_templates
@@ -19,9 +17,10 @@ from keepstill.errors import KeepstillError
 from keepstill.lanes import launch_command
 from keepstill.manifest import manifest_path
 from keepstill.preflight import preflight
-from keepstill.study import Plan, claim_stage_root, clear_stage, plan_study, read_study
+from keepstill.study import Plan, clear_stage, hold_stage, plan_study, read_study
 
 STARTED_S = time.time()
+HELD = []  # the lock that says that this study's stage directory is in use
 # Jobs speak for themselves, in one line each; of a failed command its log has more to say.
 NOISE = ("Select jobs", "Execute ", "RuleException:\nCalledProcessError")
 logger.addFilter(lambda record: not str(record.msg).startswith(NOISE))
@@ -45,7 +44,7 @@ def or_refuse(function, *args):
 def read_plan():
     """What is to do. A job on a cluster node is told its targets and needs no plan."""
     if not workflow.is_main_process:
-        or_refuse(claim_stage_root, STUDY.stage_root)
+        HELD.append(or_refuse(hold_stage, STUDY))
         return Plan((), (), False)
     or_refuse(refuse_templates, map(Path, workflow.configfiles))
     plan = plan_study(STUDY)
@@ -101,7 +100,7 @@ def on_hand(n_cores):
 
 
 def start_study():
-    or_refuse(claim_stage_root, STUDY.stage_root)
+    HELD.append(or_refuse(hold_stage, STUDY))
     if workflow.local_exec and workflow.cores > N_CPUS:
         tell(f"there are {N_CPUS} cores here; --cores {N_CPUS} would keep fewer runs in memory")
 
@@ -138,8 +137,9 @@ def wanted_flags():
 
 def end_study(failed=False):
     """Clear up; what failed is told as the very last thing, after Snakemake's own words."""
-    clear_stage(STUDY)
-    shutil.rmtree(STUDY.flag_dir, ignore_errors=True)
+    while HELD:
+        HELD.pop().close()
+    clear_stage(STUDY, PLAN)
     if failed and PLAN.study_page:
         command = [sys.executable, script("page_study.py"), "--output-dir", str(STUDY.output_dir)]
         subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

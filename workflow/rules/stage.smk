@@ -17,7 +17,8 @@ rule stage:
         bold=lambda wildcards: str(STUDY.runs[wildcards.run].source),
         origin=lambda wildcards: STUDY.origin(wildcards.run),
         stage_dir=stage_dir,
+        settings=settings,
     shell:
         "bash {params.guard:q} {log:q} {params.stage_dir:q} "
         "python {params.script:q} --bold {params.bold:q} --run {wildcards.run:q} "
-        "{params.origin:q} --stage-dir {params.stage_dir:q}"
+        "{params.origin:q} --stage-dir {params.stage_dir:q} --settings {params.settings:q}"

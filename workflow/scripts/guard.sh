@@ -27,4 +27,6 @@ finish() {
 trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+exec 3>&2 # the terminal, for what should be told at once
+export KEEPSTILL_TELL_FD=3
 "$@" >"$log" 2>&1

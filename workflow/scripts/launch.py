@@ -1,6 +1,6 @@
 """Start a run's ranks on cores of their own: lease the cores, fill `{cores}`, become the command.
 
-With `--log`, everything the command and this script say goes to that file.
+A lane that waits for cores says so where KEEPSTILL_TELL_FD points, too.
 """
 
 import argparse
@@ -18,14 +18,15 @@ def main() -> None:
     parser.add_argument("--run", required=True, metavar="NAME")
     parser.add_argument("--ranks", required=True, type=int)
     parser.add_argument("--threads-per-rank", default=1, type=int)
-    parser.add_argument("--log", metavar="FILE")
     parser.add_argument("command", nargs="+", metavar="-- COMMAND")
     args = parser.parse_args()
-    if args.log:
-        log_file = os.open(args.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        os.dup2(log_file, sys.stdout.fileno())
-        os.dup2(log_file, sys.stderr.fileno())
-    logging.basicConfig(level=logging.INFO, format=f"{args.run}: %(message)s")
+    form = f"keepstill: {args.run}: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form)
+    if "KEEPSTILL_TELL_FD" in os.environ:
+        terminal = os.fdopen(int(os.environ["KEEPSTILL_TELL_FD"]), "w", closefd=False)
+        handler = logging.StreamHandler(terminal)
+        handler.setFormatter(logging.Formatter(form))
+        logging.getLogger().addHandler(handler)
     try:
         become(args.command, args.ranks, args.threads_per_rank)
     except KeepstillError as error:

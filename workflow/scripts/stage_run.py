@@ -7,6 +7,7 @@ from pathlib import Path
 
 from keepstill.bids import Origin
 from keepstill.errors import KeepstillError
+from keepstill.settings import RealignSettings
 from keepstill.stage import stage_run
 
 
@@ -18,11 +19,14 @@ def main() -> None:
     parser.add_argument("--bids-dir", default="", metavar="DIR", help="empty: no data set")
     parser.add_argument("--sidecar", type=Path, metavar="FILE", help="of a run in no data set")
     parser.add_argument("--stage-dir", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--settings", required=True, metavar="JSON")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bids_dir = Path(args.bids_dir) if args.bids_dir else None
     try:
-        stage_run(args.bold, args.run, Origin(bids_dir, args.sidecar), args.stage_dir)
+        settings = RealignSettings.from_json(args.settings)
+        origin = Origin(bids_dir, args.sidecar)
+        stage_run(args.bold, args.run, origin, args.stage_dir, settings)
     except KeepstillError as error:
         print(f"keepstill: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,16 +1,18 @@
 """The command line: ``keepstill realign``, ``plan``, ``config``, ``warm``."""
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from keepstill import __version__
 from keepstill.errors import KeepstillError
+from keepstill.progress import VolumeProgress
 from keepstill.settings import RealignSettings
 
 EPILOG = """\
@@ -21,6 +23,7 @@ that a launcher starts (mpirun -n 8 keepstill realign ...). The outputs have the
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and go; exits with 0, or 2 after one line on what the user can mend."""
+    signal.signal(signal.SIGTERM, _end)  # so that what is staged goes
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="keepstill: %(message)s", stream=sys.stderr)
     try:
@@ -32,6 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader has seen enough; nothing more can be said
         os._exit(1)
     sys.exit(status)
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +102,27 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-reslice", action="store_true", help="write transforms and tables only"
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads a rank (default: its affinity mask)"
+        "--affine-source",
+        choices=("auto", "sform", "qform"),
+        default=default.affine_source,
+        help="which of the header's affines is true (default: %(default)s: the sform if it has a "
+        "code; two that disagree are refused)",
+    )
+    parser.add_argument(
+        "--dummy-scans",
+        type=_dummy_scans,
+        default=default.dummy_scans,
+        metavar="auto|N",
+        help="first volumes before the signal is steady: flagged, never the reference "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--in-plane",
+        action="store_true",
+        help="motion within the slice plane only; one slice will do",
+    )
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="threads a rank (default: its affinity mask)"
     )
     parser.add_argument(
         "--stage-root",
@@ -104,6 +131,16 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the run is decompressed meanwhile (default: %(default)s)",
     )
+
+
+def _dummy_scans(text: str) -> str | int:
+    return text if text == "auto" else int(text)
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} found; needs 1 or more")
+    return int(text)
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +166,9 @@ def _realign(args: argparse.Namespace) -> int:
         interpolation_degree=args.interpolation_degree,
         reslice=not args.no_reslice,
         output_dtype=args.dtype,
+        affine_source=args.affine_source,
+        dummy_scans=args.dummy_scans,
+        in_plane=args.in_plane,
     )
     return run_in_world(None, lambda world: _realign_in_world(args, settings, world))
 
@@ -137,54 +177,38 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     """Stage on rank 0, realign on all, collect on rank 0; the stage directory goes in any case."""
     from keepstill.bids import run_name
     from keepstill.collect import collect_run, summary_line
-    from keepstill.ranks import n_threads_of, realign_staged
+    from keepstill.ranks import n_threads_of, on_first, realign_staged, share
+    from keepstill.read import open_staged
     from keepstill.realign import Crew
-    from keepstill.stage import open_private_dir, remove_stage, stage_run
 
     began_s = time.perf_counter()
     run = run_name(args.bold)
     n_threads = args.threads or n_threads_of(world)
-    stage_dir: Path | None = None
-    try:
-        if world.rank == 0:
-            stage_dir = open_private_dir(args.stage_root)
-            stage_run(args.bold, run, None, stage_dir)
-        here: Path = world.bcast(stage_dir)
-        with _progress(run, world, n_threads) as on_volume:
-            realign_staged(here, settings, world, Crew(n_threads, on_volume))
-        if world.rank == 0:
-            summary = collect_run(here, args.out, settings, n_threads)
-            seconds = time.perf_counter() - began_s
-            print(f"{summary_line(run, summary)} ({seconds:.1f} s, in {args.out})")
-    finally:
-        if stage_dir is not None:
-            remove_stage(stage_dir)
+    with contextlib.ExitStack() as stack:
+        stage_dir = on_first(world, lambda: _stage(args, run, settings, stack))
+        n_mine = len(share(open_staged(stage_dir).n_volumes, world.size, world.rank))
+        n_mine *= 2 if settings.reference == "mean" else 1
+        label = run if world.size == 1 else f"{run} (one of {world.size} ranks)"
+        with VolumeProgress(label, n_mine, is_shown=world.rank == 0) as progress:
+            realign_staged(stage_dir, settings, world, Crew(n_threads, progress.count))
+        summary = on_first(world, lambda: collect_run(stage_dir, args.out, settings, n_threads))
+    if world.rank == 0:
+        seconds = time.perf_counter() - began_s
+        print(f"{summary_line(run, summary)} ({seconds:.1f} s, in {args.out})")
 
 
-class _progress:
-    """A bar of volumes on a terminal, on rank 0; silent elsewhere."""
+def _stage(
+    args: argparse.Namespace, run: str, settings: RealignSettings, stack: contextlib.ExitStack
+) -> Path:
+    """Stage the run in a folder that goes with the stack; what can fail early fails first."""
+    from keepstill.files import claim_output_dir
+    from keepstill.stage import private_stage_root, single_stage_dir, stage_run
 
-    def __init__(self, run: str, world: Any, n_threads: int) -> None:
-        self._run, self._factor = run, world.size
-        self._bar: Any = None
-        self._shown = world.rank == 0 and sys.stderr.isatty()
-        del n_threads
-
-    def __enter__(self) -> Callable[[int], None]:
-        if not self._shown:
-            return lambda t: None
-        from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn(self._run), MofNCompleteColumn(), TextColumn("volumes"))
-        self._bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
-        self._bar.start()
-        task = self._bar.add_task(self._run, total=None)
-        return lambda t: self._bar.advance(task, self._factor)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    claim_output_dir(args.out, run)
+    stage_root = private_stage_root(args.stage_root)
+    stage_dir: Path = stack.enter_context(single_stage_dir(stage_root))
+    stage_run(args.bold, run, None, stage_dir, settings)
+    return stage_dir
 
 
 def _given_config(args: argparse.Namespace) -> tuple[dict[str, Any], frozenset[str], Path]:

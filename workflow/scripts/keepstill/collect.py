@@ -1,93 +1,56 @@
 """Collecting a realigned run: from the stage root to the output directory, manifest last."""
 
 import contextlib
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import glob
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill import __version__, figures, geometry, write
-from keepstill.bids import derivative_name
+from keepstill import figures, write
+from keepstill.confounds import OUTLIER, Columns, is_known_change, is_steady_change, make_confounds
 from keepstill.errors import OutputError
-from keepstill.files import put_file
+from keepstill.files import put_file, put_text
+from keepstill.kernels.components import dilated
 from keepstill.manifest import (
     Manifest,
     Stamp,
     describe_outputs,
     remember_input,
+    withdraw_manifest,
     write_manifest,
 )
+from keepstill.maps import Moments, temporal_moments
 from keepstill.masks import brain_mask
 from keepstill.nifti import made_header
-from keepstill.read import StagedRun, open_staged
+from keepstill.realigned import Realigned, open_result
 from keepstill.reslice import coverage
 from keepstill.settings import RealignSettings
-from keepstill.stage import MOTION
-
-CODE_URL = "https://github.com/keepstill/keepstill"
-BIDSIGNORE = (
-    "*.html",
-    "pages",
-    "logs",
-    "figures",
-    "manifests",
-    "*_xfm.*",
-    "*_boldref.*",
-    "*_timeseries.*",
-    "*_boldmap.*",
-)
-# Fields of the raw sidecar that stay true of a realigned run.
-_NOT_CARRIED_OVER = ("Sources", "RawSources", "SkullStripped", "SpatialReference")
+from keepstill.sidecars import BIDSIGNORE, README, dataset_description, sidecar
 
 
 @dataclass(frozen=True)
-class Realigned:
-    """A realigned run, ready to be written.
+class Findings:
+    """What is worked out from a realigned run.
 
     Attributes
     ----------
-    run : StagedRun
-    settings : RealignSettings
-    moving_from_reference : (n, 4, 4) float64
-    per_volume : dict of str to (n,) arrays
-        ``status``, ``iterations``, ``cost``, ``overlap``, ``scale``.
-    reference : (nz, ny, nx) float32
-    affine : (4, 4) float64
-        World mm from voxel of the reference.
-    series : (n, nz, ny, nx) float32 or None
-        The realigned volumes, mapped; None where only transforms are wanted.
+    brain, coverage : (nz, ny, nx) bool
+        Where the brain is; where every volume that was realigned has data.
+    before, after : Moments or None
+        Of the run as it came, on its own grid, and realigned; None where nothing was resliced.
+    confounds : dict of str to (n,) arrays
+        Columns of the table.
     """
 
-    run: StagedRun
-    settings: RealignSettings
-    moving_from_reference: NDArray[np.float64]
-    per_volume: dict[str, NDArray[Any]]
-    reference: NDArray[np.float32]
-    affine: NDArray[np.float64]
-    series: NDArray[np.float32] | None
-
-
-def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
-    """What the ranks left in a stage directory."""
-    run = open_staged(stage_dir)
-    with np.load(stage_dir / MOTION) as saved:
-        arrays = {name: saved[name] for name in saved.files}
-    reference = arrays.pop("reference")
-    shape = (run.n_volumes, *reference.shape)
-    series = np.memmap(run.realigned_path, np.float32, "r", 0, shape) if settings.reslice else None
-    return Realigned(
-        run=run,
-        settings=settings,
-        moving_from_reference=arrays.pop("moving_from_reference"),
-        affine=arrays.pop("affine"),
-        per_volume=arrays,
-        reference=reference,
-        series=series,
-    )
+    brain: NDArray[np.bool_]
+    coverage: NDArray[np.bool_]
+    before: Moments | None
+    after: Moments | None
+    confounds: Columns
 
 
 def collect_run(
@@ -115,29 +78,49 @@ def collect_run(
         If an output cannot be written.
     """
     result = open_result(stage_dir, settings)
-    found = result.run.found
+    folder = result.run.found["folder"]
     with _as_output_error(result.run.run, output_dir):
-        if found["folder"]:
-            describe_dataset(output_dir, found["bids_dir"])
-        mask = brain_mask(result.reference)
-        table, summary = _tables(result, mask)
-        folder = output_dir / PurePosixPath(found["folder"])
-        paths = list(_write_all(result, folder, (mask, table), n_threads))
-        manifest = Manifest(
-            run=result.run.run,
-            input_sha256=found["input"]["sha256"],
-            input_bytes=found["input"]["bytes"],
-            metadata=found["metadata"],
-            settings=settings,
-            outputs=describe_outputs(output_dir, paths),
-            summary=summary,
-            warnings=tuple(found["warnings"]),
-        )
-        if found["folder"]:
-            stamp = Stamp(**found["input"]["stamp"])
-            remember_input(output_dir, result.run.run, stamp, found["input"]["sha256"])
-        write_manifest(output_dir, manifest)
+        if folder:
+            describe_dataset(output_dir, result.run.found["bids_dir"])
+        findings = _find(result)
+        summary = _summary(result, findings)
+        outdated = withdraw_manifest(output_dir, result.run.run)
+        _remove_parts(output_dir / PurePosixPath(folder), result.run.run)
+        paths = list(_write_all(result, findings, output_dir / PurePosixPath(folder), n_threads))
+        for path in outdated - set(paths):
+            path.unlink(missing_ok=True)  # made by other settings, and no longer true
+        _complete(result, output_dir, describe_outputs(output_dir, paths), summary)
     return summary
+
+
+def _remove_parts(folder: Path, run: str) -> None:
+    """Remove what a killed call was writing; a run is collected by one call at a time."""
+    for part in folder.glob(f".{glob.escape(run)}_*.part"):
+        part.unlink(missing_ok=True)
+
+
+def _complete(
+    result: Realigned,
+    output_dir: Path,
+    outputs: Mapping[str, Mapping[str, Any]],
+    summary: Mapping[str, Any],
+) -> None:
+    """Write the manifest, and in a data set the note that saves hashing the input again."""
+    found = result.run.found
+    manifest = Manifest(
+        run=result.run.run,
+        input_sha256=found["input"]["sha256"],
+        input_bytes=found["input"]["bytes"],
+        metadata=found["metadata"],
+        settings=result.settings,
+        outputs=outputs,
+        summary=summary,
+        warnings=result.warnings,
+    )
+    if found["folder"]:
+        stamp = Stamp(**found["input"]["stamp"])
+        remember_input(output_dir, result.run.run, stamp, found["input"]["sha256"])
+    write_manifest(output_dir, manifest)
 
 
 @contextlib.contextmanager
@@ -152,103 +135,69 @@ def _as_output_error(run: str, output_dir: Path) -> Iterator[None]:
 
 
 def describe_dataset(output_dir: Path, bids_dir: str | None) -> None:
-    """Write the derivative data set's description and its ``.bidsignore``, the same every time."""
-    description: dict[str, Any] = {
-        "Name": "keepstill: realigned BOLD runs",
-        "BIDSVersion": "1.11.0",
-        "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "keepstill", "Version": __version__, "CodeURL": CODE_URL}],
-    }
-    if bids_dir:
-        raw = os.path.relpath(bids_dir, output_dir.absolute())
-        description["DatasetLinks"] = {"raw": raw}
-        description["SourceDatasets"] = [{"URL": raw}]
+    """Write what describes the derivative data set as a whole, the same every time."""
+    description = dataset_description(output_dir, bids_dir)
     write.put_json(output_dir / "dataset_description.json", description)
-    put_file(output_dir / ".bidsignore", ["\n".join(BIDSIGNORE).encode() + b"\n"])
+    put_text(output_dir / "README.md", README)
+    put_text(output_dir / ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
 
 
-def _tables(
-    result: Realigned, mask: NDArray[np.bool_]
-) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Columns of the confounds table, and the run's summary."""
-    settings, n = result.settings, result.run.n_volumes
-    shape = result.reference.shape[::-1]
-    motion = figures.fsl_motion(
-        result.moving_from_reference,
-        result.affine,
-        shape,
-        figures.centre_of_gravity(result.reference),
-    )
-    fd_mm = figures.framewise_displacement_mm(motion, settings.fd_radius_mm)
-    rmsd_mm = figures.rms_displacement_mm(
-        result.moving_from_reference, geometry.field_centre_mm(result.affine, shape)
-    )
-    unknown = np.full(n, np.nan)
-    series = _series_figures(result, mask)
-    dvars = (series.dvars, series.std_dvars) if series else (unknown, unknown)
-    _blank_failed(result.per_volume["status"], (fd_mm, rmsd_mm, *dvars))
-    names = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
-    table: dict[str, Any] = {name: motion[:, i] for i, name in enumerate(names)}
-    table |= {"framewise_displacement": fd_mm, "rmsd": rmsd_mm}
-    table |= {"dvars": dvars[0], "std_dvars": dvars[1]}
-    for name in ("status", "iterations", "cost", "overlap", "scale"):
-        table[name] = result.per_volume[name]
-    return {name: column.tolist() for name, column in table.items()}, _summary(
-        result, (fd_mm, dvars), series
-    )
+def _find(result: Realigned) -> Findings:
+    brain, covered = brain_mask(result.reference), _covered(result)
+    before = after = series = None
+    if result.series is not None:
+        resliced = result.series
+        chosen = _compared(result)
+        before = temporal_moments(result.run.volume, chosen)
+        after = temporal_moments(lambda t: resliced[t], chosen)
+        good = np.flatnonzero(~result.failed)
+        series = figures.series_figures(resliced, good, brain & covered)
+    return Findings(brain, covered, before, after, make_confounds(result, series))
 
 
-def _series_figures(result: Realigned, mask: NDArray[np.bool_]) -> figures.SeriesFigures | None:
-    if result.series is None:
-        return None
-    layout = result.run.layout
-    after = figures.Series(result.series)
-    before = figures.Series(result.run.voxels, layout.slope, layout.inter)
-    if before.voxels.shape != after.voxels.shape:
-        before = after  # another grid: there is no voxel to compare
-    return figures.series_figures(before, after, mask & _covered(result))
+def _compared(result: Realigned) -> NDArray[np.intp]:
+    """Volumes that tell how steady the images are: realigned, and in the steady state."""
+    chosen = np.flatnonzero(~result.failed & ~result.non_steady)
+    return chosen if chosen.size else np.arange(result.run.n_volumes)
 
 
 def _covered(result: Realigned) -> NDArray[np.bool_]:
     """Where all volumes that were realigned have data: beyond, figures would see the border."""
-    good = result.per_volume["status"] != "failed"
     layout = result.run.layout
     nz, ny, nx = result.reference.shape
     grid = layout.affine, (layout.shape[0], layout.shape[1], layout.shape[2])
-    return coverage(result.moving_from_reference[good], grid, result.affine, (nz, ny, nx))
+    matrices = result.moving_from_reference[~result.failed]
+    covered = coverage(matrices, grid, result.affine, (nz, ny, nx))
+    if result.missing is not None and result.is_on_own_grid:
+        covered &= ~dilated(result.missing, 1)
+    return covered
 
 
-def _blank_failed(status: NDArray[Any], columns: Iterable[NDArray[np.float64]]) -> None:
-    """Differences to and from a failed volume say nothing."""
-    failed = status == "failed"
-    touched = failed.copy()
-    touched[1:] |= failed[:-1]
-    for column in columns:
-        column[touched] = np.nan
-
-
-def _summary(
-    result: Realigned,
-    shown: tuple[NDArray[np.float64], tuple[NDArray[np.float64], NDArray[np.float64]]],
-    series: figures.SeriesFigures | None,
-) -> dict[str, Any]:
-    fd_mm, (dvars, std_dvars) = shown
-    settings = result.settings
-    failed = np.flatnonzero(result.per_volume["status"] == "failed")
-    outlier = (fd_mm > settings.fd_outlier_mm) | (std_dvars > settings.std_dvars_outlier)
+def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
+    """Figures of the whole run; None for one that is not known."""
+    table, mask = findings.confounds, findings.brain & findings.coverage
+    fd_mm, tr_s = table["framewise_displacement"], result.run.found["tr_s"]
+    steady = is_steady_change(result) & is_known_change(result)
+    failed = np.flatnonzero(result.failed)
+    flagged = sum(table[name] for name in table if name.startswith(OUTLIER))
+    before = findings.before.within(mask) if findings.before and result.is_on_own_grid else None
+    after = findings.after.within(mask) if findings.after else None
     return {
         "n_volumes": result.run.n_volumes,
-        "tr_s": _number(result.run.found["tr_s"]),
+        "tr_s": None if tr_s is None else _number(tr_s),
         "mean_fd_mm": _mean(fd_mm),
         "max_fd_mm": _number(np.nanmax(fd_mm)) if np.isfinite(fd_mm).any() else None,
-        "n_outliers": int(outlier.sum()),
+        "n_outliers": int(np.sum(flagged * ~result.failed)),
         "n_failed": int(failed.size),
         "failed_volumes": failed.tolist(),
-        "mean_dvars": _mean(dvars),
-        "tsnr_before": _number(series.tsnr_before) if series else None,
-        "tsnr_after": _number(series.tsnr_after) if series else None,
-        "variance_before": _number(series.variance_before) if series else None,
-        "variance_after": _number(series.variance_after) if series else None,
+        "n_non_steady": int(result.non_steady.sum()),
+        "mean_dvars": _mean(table["dvars"][steady]),
+        "mean_std_dvars": _mean(table["std_dvars"][steady]),
+        "brain_coverage": _number(mask.sum() / max(int(findings.brain.sum()), 1)),
+        "tsnr_before": _number(before[0]) if before else None,
+        "tsnr_after": _number(after[0]) if after else None,
+        "variance_before": _number(before[1]) if before else None,
+        "variance_after": _number(after[1]) if after else None,
     }
 
 
@@ -263,56 +212,40 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 
 def _write_all(
-    result: Realigned,
-    folder: Path,
-    made: tuple[NDArray[np.bool_], dict[str, list[Any]]],
-    n_threads: int,
+    result: Realigned, findings: Findings, folder: Path, n_threads: int
 ) -> Iterator[Path]:
-    """Write every output; yield its path."""
-    mask, table = made
-    run, desc = result.run.run, result.settings.output_desc
-    header = result.run.layout.header
-
-    def path(ending: str, **entities: str) -> Path:
-        return folder / derivative_name(run, ending, entities)
-
-    confounds = path("timeseries.tsv", desc="confounds")
-    write.put_table(confounds, table)
-    yield confounds
-    yield _sidecar(confounds, _confounds_json(result))
-    transforms = path(
-        "xfm.txt", **{"from": "orig", "to": "boldref", "mode": "image", "desc": "hmc"}
-    )
-    put_file(transforms, [write.itk_transforms(result.moving_from_reference).encode()])
-    yield transforms
-    yield _sidecar(transforms, _transforms_json(result))
-    boldref = path("boldref.nii.gz", desc="hmc")
-    shape = result.reference.shape[::-1]
-    write.put_volume(
-        boldref, made_header(header, result.affine, shape, "float32"), result.reference
-    )
-    yield boldref
-    yield _sidecar(boldref, {**_provenance(result), "SkullStripped": False})
-    brain = path("mask.nii.gz", desc="brain")
-    write.put_volume(
-        brain, made_header(header, result.affine, shape, "uint8"), mask.astype(np.uint8)
-    )
-    yield brain
-    yield _sidecar(brain, {**_provenance(result), "Type": "Brain", "SkullStripped": False})
+    """Write every output and its sidecar; yield their paths."""
+    table = {name: column.tolist() for name, column in findings.confounds.items()}
+    volumes: dict[str, NDArray[Any]] = {
+        "boldref": result.reference,
+        "brain": findings.brain.astype(np.uint8),
+        "coverage": findings.coverage.astype(np.uint8),
+    }
+    if findings.before and findings.after:
+        volumes["tsnr_before"] = findings.before.tsnr()
+        volumes["tsnr_after"] = findings.after.tsnr() * findings.coverage
+    path = folder / result.name("confounds")
+    write.put_table(path, table)
+    yield from (path, _put_sidecar(path, sidecar(result, "confounds", table)))
+    path = folder / result.name("transforms")
+    put_file(path, [write.itk_transforms(result.moving_from_reference).encode()])
+    yield from (path, _put_sidecar(path, sidecar(result, "transforms")))
+    for output, volume in volumes.items():
+        path = folder / result.name(output)
+        write.put_volume(path, _header(result, output, volume), volume)
+        yield from (path, _put_sidecar(path, sidecar(result, output)))
     if result.series is not None:
-        bold = path("bold.nii.gz", desc=desc)
-        _write_series(result, bold, n_threads)
-        yield bold
-        yield _sidecar(bold, _bold_json(result))
+        path = folder / result.name("bold")
+        _write_series(result, result.series, path, n_threads)
+        yield from (path, _put_sidecar(path, sidecar(result, "bold")))
 
 
-def _write_series(result: Realigned, path: Path, n_threads: int) -> None:
-    series = result.series
-    assert series is not None
-    shape = series.shape[::-1]
+def _write_series(
+    result: Realigned, series: NDArray[np.float32], path: Path, n_threads: int
+) -> None:
     dtype = result.settings.output_dtype
-    header = made_header(result.run.layout.header, result.affine, shape, dtype)
-    header["pixdim"][4] = result.run.found["tr_s"]
+    header = made_header(result.run.layout.header, result.affine, series.shape[::-1], dtype)
+    header["pixdim"][4] = result.run.found["tr_s"] or 0
     _set_seconds(header)
     if dtype == "int16":
         slope, inter = write.int16_scaling(series)
@@ -323,103 +256,23 @@ def _write_series(result: Realigned, path: Path, n_threads: int) -> None:
     write.put_nifti(path, header, parts, n_threads)
 
 
+def _header(result: Realigned, output: str, volume: NDArray[Any]) -> Any:
+    """Header of one volume, on the run's own grid for what describes the run as it came."""
+    layout = result.run.layout
+    affine = layout.affine if output == "tsnr_before" else result.affine
+    return made_header(layout.header, affine, volume.shape[::-1], str(volume.dtype))
+
+
 def _set_seconds(header: Any) -> None:
-    """The repetition time is written in seconds, whatever unit the run came with."""
-    space = header.get_xyzt_units()[0]
-    header.set_xyzt_units(xyz=space if space != "unknown" else "mm", t="sec")
+    """Lengths are mm and the repetition time is in seconds, whatever unit the run came with."""
+    header.set_xyzt_units(xyz="mm", t="sec")
 
 
-def _sidecar(path: Path, values: dict[str, Any]) -> Path:
+def _put_sidecar(path: Path, values: dict[str, Any]) -> Path:
     """Write the JSON beside a file."""
     beside = path.with_name(path.name.removesuffix(".gz").rsplit(".", 1)[0] + ".json")
     write.put_json(beside, values)
     return beside
-
-
-def _provenance(result: Realigned) -> dict[str, Any]:
-    found = result.run.found
-    return {
-        "Sources": [found["source_uri"]],
-        "KeepstillVersion": __version__,
-        "KeepstillSettings": asdict(result.settings)
-        | {"reference": Path(result.settings.reference).name},
-    }
-
-
-def _bold_json(result: Realigned) -> dict[str, Any]:
-    carried = {
-        name: value
-        for name, value in result.run.found["metadata"].items()
-        if name not in _NOT_CARRIED_OVER
-    }
-    return (
-        carried
-        | _provenance(result)
-        | {
-            "RepetitionTime": result.run.found["tr_s"],
-            "SkullStripped": False,
-            "OutsideFieldOfView": 0,
-        }
-    )
-
-
-def _transforms_json(result: Realigned) -> dict[str, Any]:
-    return _provenance(result) | {
-        "Format": "ITK text, one affine transform a volume, in the order of the volumes",
-        "Direction": "a point of the reference -> the point of the volume (pull)",
-        "CoordinateSystem": "LPS+ (ITK)",
-        "TranslationUnits": "mm",
-        "RotationCentre": "world origin",
-    }
-
-
-def _confounds_json(result: Realigned) -> dict[str, Any]:
-    centre = figures.centre_of_gravity(result.reference)
-    fsl = "as in an FSL .par file: volume -> reference, FSL scaled mm"
-    about = {
-        "CentreVoxel": [_number(c) for c in centre],
-        "Handedness": "FSL scaled mm: voxel times edge, x flipped where the affine is RAS-like",
-        "EulerOrder": "R = Rx Ry Rz",
-    }
-    columns: dict[str, Any] = {}
-    for axis in "xyz":
-        columns[f"trans_{axis}"] = {
-            "Description": f"Shift along {axis}, {fsl}",
-            "Units": "mm",
-            **about,
-        }
-        columns[f"rot_{axis}"] = {
-            "Description": f"Turn about {axis}, {fsl}",
-            "Units": "rad",
-            **about,
-        }
-    radius_mm = result.settings.fd_radius_mm
-    columns |= {
-        "framewise_displacement": {
-            "Description": f"Power 2012, rotations on a sphere of {radius_mm:g} mm",
-            "Units": "mm",
-        },
-        "rmsd": {
-            "Description": "Jenkinson 1999, rms displacement of an 80 mm sphere about the centre "
-            "of the field of view, between neighbouring volumes",
-            "Units": "mm",
-        },
-        "dvars": {"Description": "DVARS in the brain mask, data scaled to median 1000"},
-        "std_dvars": {"Description": "DVARS over its expected value (Nichols 2013)"},
-        "status": {
-            "Description": "How the fit ended",
-            "Levels": {
-                "reference": "the volume that the others are realigned to",
-                "ok": "converged",
-                "failed": "could not be realigned; its motion must not be used",
-            },
-        },
-        "iterations": {"Description": "Gauss-Newton steps"},
-        "cost": {"Description": "Rms residual over the reference's mean, at the last step"},
-        "overlap": {"Description": "Part of the sampling points inside the field of view"},
-        "scale": {"Description": "Factor from the volume's intensity to the reference's"},
-    }
-    return _provenance(result) | columns
 
 
 def summary_line(run: str, summary: dict[str, Any]) -> str:

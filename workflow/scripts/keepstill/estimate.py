@@ -14,16 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
-from keepstill.kernels.bspline import PAD_LOW, PAD_ROW, POLES, fill_coefficients, tap_slots
-from keepstill.kernels.small import solution
-from keepstill.kernels.sums import Moving, step_sums
+from keepstill.kernels.small import product, solution
+from keepstill.kernels.sums import step_sums
+from keepstill.moving import Asked, Moving, fill_values
 from keepstill.reference import Level, Reference
 from keepstill.settings import EstimateSettings
 
-# The coarse level hands over to the fine one at this step: its own noise is larger.
-_COARSE_TOLERANCE_MM = 0.02
+# Steps shrink by a factor that falls, while the fit comes closer, to 0.01 or 0.02 at a signal to
+# noise ratio of 60; a luckier one is not believed.
+_LEAST_SHRINKAGE = 0.02
+# After so many steps on a level, a point that has left the field of view stays out: points that
+# come and go with every step, in a run of few slices, can keep a fit from ever settling.
+_STEPS_WITH_FREE_FIELD = 8
 # A smaller part of the points than this in the field says nothing any more.
 _LEAST_OVERLAP = 0.1
+# A fit that leaves more of the reference's variance than this unexplained has found something
+# else than the head, or a head that moved while it was scanned.
+_MOST_UNEXPLAINED = 0.5
 # A scan's intensity scale; beyond it the fit has left the head.
 _SCALE_RANGE = (0.1, 10.0)
 
@@ -58,41 +65,21 @@ class Estimate:
 
 @dataclass
 class _Fit:
-    """State of a fit: the map about the reference's centre, and what the last step found."""
+    """State of a fit: the map about the reference's centre, and what the last step found.
+
+    `shrinkage` is the last ratio of two steps on one level, and `next_mm` the step that is to be
+    expected by it: what the fit is still away from its end.
+    """
 
     matrix: NDArray[np.float64]
     scale: float = 1.0
-    step_mm: float = np.inf
+    next_mm: float = np.inf
+    shrinkage: float = 1.0
     squares: float = np.nan
     n_inside: int = 0
     overlap: float = 0.0
     iterations: int = 0
     lost: bool = False
-
-
-def new_coefficients(shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Room for the padded B-spline coefficients of a (nz, ny, nx) volume."""
-    nz, ny, nx = shape
-    return np.empty((nz + 2 * PAD_LOW, ny + 2 * PAD_LOW, nx + PAD_LOW + PAD_ROW), np.float32)
-
-
-def prepare_moving(
-    volume: NDArray[np.float32], degree: int, coefficients: NDArray[np.float32]
-) -> Moving:
-    """B-spline of a volume, ready to be sampled.
-
-    Parameters
-    ----------
-    volume : (nz, ny, nx) float32
-        Finite; never modified.
-    degree : int
-        1 to 5.
-    coefficients : padded float32
-        From `new_coefficients`; overwritten, and held by the result.
-    """
-    fill_coefficients(volume, np.array(POLES[degree], np.float32), coefficients)
-    nz, ny, nx = volume.shape
-    return Moving(coefficients, (nx, ny, nz), degree, tap_slots(degree))
 
 
 def estimate_motion(
@@ -120,18 +107,20 @@ def estimate_motion(
     fit = _Fit(matrix=np.eye(4))
     frames = _frames(moving_affine, reference)
     n_most = settings.max_iterations
-    _iterate(fit, reference.coarse, moving, frames, (_COARSE_TOLERANCE_MM, n_most))
-    if not fit.lost:
-        _iterate(fit, reference.fine, moving, frames, (settings.tolerance_mm, n_most))
-    converged = fit.step_mm <= settings.tolerance_mm
-    good = converged and not fit.lost and fit.overlap >= settings.min_overlap
+    for level in (reference.coarse, reference.fine):
+        if not fit.lost:
+            _iterate(fit, level, moving, frames, (settings.tolerance_mm, n_most))
+    rms = float(np.sqrt(fit.squares / max(fit.n_inside, 1)))
+    converged = fit.next_mm <= settings.tolerance_mm and not fit.lost
+    fits = rms**2 <= _MOST_UNEXPLAINED * reference.sd_intensity**2
+    good = converged and fits and fit.overlap >= settings.min_overlap
     to_centre = geometry.translation(-reference.centre_mm)
     from_centre = geometry.translation(reference.centre_mm)
     return Estimate(
         moving_from_reference=geometry.compose(from_centre, fit.matrix, to_centre),
         status="ok" if good else "failed",
         iterations=fit.iterations,
-        cost=np.sqrt(fit.squares / max(fit.n_inside, 1)) / reference.mean_intensity,
+        cost=rms / reference.mean_intensity,
         overlap=fit.overlap,
         scale=fit.scale,
     )
@@ -139,13 +128,14 @@ def estimate_motion(
 
 def _frames(
     moving_affine: NDArray[np.float64], reference: Reference
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Moving voxel <- centred world, and centred world <- reference voxel."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Moving voxel <- centred world, centred world <- reference voxel, and the steps' basis."""
     from_centre = geometry.translation(reference.centre_mm)
     to_centre = geometry.translation(-reference.centre_mm)
     return (
         geometry.compose(geometry.inverse(moving_affine), from_centre),
         geometry.compose(to_centre, reference.affine),
+        reference.basis,
     )
 
 
@@ -153,25 +143,36 @@ def _iterate(
     fit: _Fit,
     level: Level,
     moving: Moving,
-    frames: tuple[NDArray[np.float64], NDArray[np.float64]],
+    frames: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
     limits: tuple[float, int],
 ) -> None:
-    """Take steps on one level until they are small (mm), too many, or lead nowhere."""
+    """Take steps on one level until the next would be small (mm), or they lead nowhere."""
     tolerance_mm, most_iterations = limits
+    basis = frames[2]
     n_points = int(level.points.rows[:, 3].sum())
-    fit.step_mm = np.inf
-    while fit.step_mm > tolerance_mm and fit.iterations < most_iterations:
+    rows = level.points.rows
+    values, spans = np.zeros_like(level.points.values), np.zeros((len(rows), 2), np.int64)
+    asked = Asked(rows, spans, level.rough)
+    last_mm = 0.0
+    fit.next_mm = np.inf
+    for n_steps in range(most_iterations):
+        if fit.next_mm <= tolerance_mm:
+            return
+        if n_steps < _STEPS_WITH_FREE_FIELD:
+            spans[:, 0], spans[:, 1] = 0, rows[:, 3]
         voxel_from_point = geometry.compose(frames[0], fit.matrix, frames[1])
-        right, outside, fit.squares, fit.n_inside = step_sums(
-            level.points, moving, voxel_from_point, fit.scale
-        )
-        step, regular = solution(level.normal - outside, right[:, None])
+        fit.n_inside = fill_values(values, asked, moving, voxel_from_point)
+        right, outside, fit.squares = step_sums(level.points, values, spans, fit.scale)
+        step, regular = _step(level.normal - outside, right, basis)
         fit.overlap = fit.n_inside / n_points
         fit.iterations += 1
         if not _is_sensible(step, regular, fit.overlap):
             fit.lost = True
             return
-        fit.step_mm = geometry.step_size_mm(step[:6, 0])
+        step_mm = geometry.step_size_mm(step[:6, 0])
+        if last_mm > 0:
+            fit.shrinkage = max(step_mm / last_mm, _LEAST_SHRINKAGE)
+        fit.next_mm, last_mm = step_mm * fit.shrinkage, step_mm
         fit.scale /= 1.0 + float(step[6, 0])
         fit.matrix = geometry.compose(
             fit.matrix, geometry.inverse(geometry.rigid_step(step[:6, 0]))
@@ -179,6 +180,17 @@ def _iterate(
         if not _SCALE_RANGE[0] < fit.scale < _SCALE_RANGE[1]:
             fit.lost = True
             return
+
+
+def _step(
+    normal: NDArray[np.float64], right: NDArray[np.float64], basis: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], bool]:
+    """Step (7, 1) with normal @ step = right, among those that the basis allows."""
+    onto = np.ascontiguousarray(basis.T)
+    reduced, regular = solution(
+        product(onto, product(normal, basis)), product(onto, right.reshape(-1, 1))
+    )
+    return product(basis, reduced), regular
 
 
 def _is_sensible(step: NDArray[np.float64], regular: bool, overlap: float) -> bool:

@@ -1,8 +1,7 @@
-"""Figures of a run: motion numbers, framewise displacement, rms displacement, DVARS, tSNR."""
+"""Figures of a run: motion numbers, framewise displacement, rms displacement, DVARS."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,29 +120,6 @@ def rms_displacement_mm(moving_from_reference: Motions, centre_mm: Motions) -> M
 
 
 @dataclass(frozen=True)
-class Series:
-    """A mapped series, as stored.
-
-    Attributes
-    ----------
-    voxels : (n, nz, ny, nx)
-    slope, inter : float
-        Intensity = voxel * slope + inter.
-    """
-
-    voxels: NDArray[Any]
-    slope: float = 1.0
-    inter: float = 0.0
-
-    def masked(self, t: int, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Intensity in volume t of some voxels, by flat index; what is no number is 0."""
-        stored = self.voxels[t].reshape(-1)[chosen].astype(np.float32)
-        if stored.dtype.kind == "f":
-            stored = np.nan_to_num(stored, posinf=0, neginf=0)
-        return stored * np.float32(self.slope) + np.float32(self.inter)
-
-
-@dataclass(frozen=True)
 class SeriesFigures:
     """What a realigned series says in its brain mask.
 
@@ -151,27 +127,24 @@ class SeriesFigures:
     ----------
     dvars, std_dvars : (n,) float64
         NaN first; data scaled to median 1000.
-    tsnr_before, tsnr_after : float
-        Median over the mask of mean / standard deviation, linear trend removed.
-    variance_before, variance_after : float
-        Mean over the mask of the temporal variance, linear trend removed.
     """
 
     dvars: NDArray[np.float64]
     std_dvars: NDArray[np.float64]
-    tsnr_before: float
-    tsnr_after: float
-    variance_before: float
-    variance_after: float
 
 
-def series_figures(before: Series, after: Series, mask: NDArray[np.bool_]) -> SeriesFigures:
-    """DVARS of the realigned series, and tSNR and variance of both series.
+def series_figures(
+    series: NDArray[np.float32], good: NDArray[np.intp], mask: NDArray[np.bool_]
+) -> SeriesFigures:
+    """DVARS of the realigned series.
 
     Parameters
     ----------
-    before, after : Series
-        The run as it came, and realigned, on one grid.
+    series : (n, nz, ny, nx) float32
+        May be mapped; masked voxels of a few thousand are held at a time.
+    good : (m,) int
+        Numbers of the volumes that could be realigned. They alone say what change is to be
+        expected; the others' changes are held against it.
     mask : (nz, ny, nx) bool
 
     Notes
@@ -179,55 +152,45 @@ def series_figures(before: Series, after: Series, mask: NDArray[np.bool_]) -> Se
     DVARS: Nichols 2013, with FSL's lower percentiles, as nipype's `compute_dvars`. Voxels that
     do not vary are left out.
     """
-    n = len(after.voxels)
-    squares, n_voxels, sd_sum = np.zeros(n - 1), 0, 0.0
-    median = _masked_median(after, mask)
+    squares, n_voxels, sd_sum = np.zeros(len(series) - 1), 0, 0.0
+    median = _masked_median(series, good, mask)
     scale = np.float32(_SCALED_MEDIAN / median) if median > 0 else np.float32(1)
-    moments: dict[str, list[NDArray[np.float64]]] = {"before": [], "after": []}
-    for block_before, block in zip(_blocks(before, mask), _blocks(after, mask), strict=True):
-        moments["before"].append(_detrended_moments(block_before))
-        moments["after"].append(_detrended_moments(block))
+    for block in _blocks(series, mask):
         scaled = block * scale
-        sd = _robust_sd(scaled)
+        steady = np.ascontiguousarray(scaled[:, good])
+        sd = _robust_sd(steady)
         keep = sd > _VARIANCE_TOLERANCE
-        scaled, sd = scaled[keep], sd[keep]
-        step = np.diff(scaled, axis=1)
+        sd_sum += float((sd[keep] * np.sqrt(2.0 * (1.0 - _lag1(steady[keep])))).sum())
+        step = np.diff(scaled[keep], axis=1)
         squares += np.square(step, dtype=np.float64).sum(axis=0)
-        sd_sum += float((sd * np.sqrt(2.0 * (1.0 - _lag1(scaled)))).sum())
-        n_voxels += len(scaled)
-    dvars = np.full(n, np.nan)
-    expected = 0.0
+        n_voxels += int(keep.sum())
+    dvars, std_dvars = np.full((2, len(series)), np.nan)
     if n_voxels > 0:
         dvars[1:] = np.sqrt(squares / n_voxels)
-        expected = sd_sum / n_voxels
-    stats = {name: _summary(np.concatenate(parts, axis=1)) for name, parts in moments.items()}
-    return SeriesFigures(
-        dvars=dvars,
-        std_dvars=dvars / expected if expected > 0 else np.full(n, np.nan),
-        tsnr_before=stats["before"][0],
-        tsnr_after=stats["after"][0],
-        variance_before=stats["before"][1],
-        variance_after=stats["after"][1],
-    )
+    if sd_sum > 0:
+        std_dvars = dvars * (n_voxels / sd_sum)
+    return SeriesFigures(dvars, std_dvars)
 
 
-def _blocks(series: Series, mask: NDArray[np.bool_]) -> Iterator[NDArray[np.float32]]:
+def _blocks(series: NDArray[np.float32], mask: NDArray[np.bool_]) -> Iterator[NDArray[np.float32]]:
     """Masked voxels over time, (at most 4096, n) float32 at a time."""
     voxels = np.flatnonzero(mask)
     for first in range(0, voxels.size, _VOXELS_AT_ONCE):
-        chosen = voxels[first : first + _VOXELS_AT_ONCE]
-        block = np.empty((chosen.size, len(series.voxels)), np.float32)
-        for t in range(block.shape[1]):
-            block[:, t] = series.masked(t, chosen)
+        some = voxels[first : first + _VOXELS_AT_ONCE]
+        block = np.empty((some.size, len(series)), np.float32)
+        for t in range(len(series)):
+            block[:, t] = series[t].reshape(-1)[some]
         yield block
 
 
-def _masked_median(series: Series, mask: NDArray[np.bool_]) -> float:
-    """Median over mask and time."""
+def _masked_median(
+    series: NDArray[np.float32], chosen: NDArray[np.intp], mask: NDArray[np.bool_]
+) -> float:
+    """Median over mask and chosen volumes."""
     voxels = np.flatnonzero(mask)
-    values = np.empty((len(series.voxels), voxels.size), np.float32)
-    for t in range(len(values)):
-        values[t] = series.masked(t, voxels)
+    values = np.empty((len(chosen), voxels.size), np.float32)
+    for row, t in zip(values, chosen, strict=True):
+        row[:] = series[t].reshape(-1)[voxels]
     return float(np.median(values)) if values.size else 0.0
 
 
@@ -245,22 +208,3 @@ def _lag1(block: NDArray[np.float32]) -> NDArray[np.float64]:
     power = np.square(centred, dtype=np.float64).sum(axis=1)
     lagged = np.multiply(centred[:, 1:], centred[:, :-1], dtype=np.float64).sum(axis=1)
     return np.divide(lagged, power, out=np.zeros_like(power), where=power > 0)
-
-
-def _detrended_moments(block: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean and variance (n - 2 degrees of freedom) of each row about its own line, (2, rows)."""
-    n = block.shape[1]
-    t = np.arange(n, dtype=np.float64) - (n - 1) / 2
-    mean = block.mean(axis=1, dtype=np.float64)
-    centred = block - mean[:, None]
-    slope = (centred * t).sum(axis=1) / (t * t).sum()
-    power = np.square(centred).sum(axis=1) - slope**2 * (t * t).sum()
-    return np.stack([mean, np.maximum(power, 0.0) / max(n - 2, 1)])
-
-
-def _summary(moments: NDArray[np.float64]) -> tuple[float, float]:
-    """Median tSNR and mean variance of (2, voxels) moments; 0 where nothing varies."""
-    mean, variance = moments
-    varies = variance > 0
-    tsnr = float(np.median(mean[varies] / np.sqrt(variance[varies]))) if varies.any() else 0.0
-    return tsnr, float(variance.mean()) if variance.size else 0.0

@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from keepstill.errors import OutputError
+
 
 def put_file(path: Path, parts: Iterable[bytes]) -> None:
     """Write a file under a temporary name of this process's own, sync it, rename it.
@@ -23,6 +25,25 @@ def put_file(path: Path, parts: Iterable[bytes]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def claim_output_dir(output_dir: Path, run: str) -> None:
+    """Make the output directory, before any work is done for it.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be made or written to.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(output_dir, os.W_OK | os.X_OK)
+    except OSError as error:
+        reason = error.strerror
+    else:
+        reason = "" if is_writable else "no permission to write"
+    if reason:
+        raise OutputError(f"{run}: cannot write to {output_dir} ({reason}); choose another folder")
 
 
 def put_text(path: Path, text: str) -> None:

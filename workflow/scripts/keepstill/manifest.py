@@ -105,6 +105,14 @@ def read_manifest(output_dir: Path, run: str) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and values.get("run") == run else None
 
 
+def withdraw_manifest(output_dir: Path, run: str) -> set[Path]:
+    """Remove a run's manifest, before any of its outputs is written over; the outputs it named."""
+    values = read_manifest(output_dir, run) or {}
+    manifest_path(output_dir, run).unlink(missing_ok=True)
+    outputs = values.get("outputs")
+    return {output_dir / path for path in outputs} if isinstance(outputs, dict) else set()
+
+
 def describe_outputs(output_dir: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """`Manifest.outputs` of files below `output_dir`."""
     return {

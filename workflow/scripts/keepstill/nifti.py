@@ -12,7 +12,18 @@ from keepstill.errors import InputError
 
 # Bytes that hold the header of either version of NIfTI, extensions aside.
 HEADER_BYTES = 540
-_SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
+# Codes of xyzt_units (nifti1.h); any other value is no unit.
+_SPACE_UNITS = {1: "m", 2: "mm", 3: "micron"}
+_SECONDS = {8: 1.0, 16: 1e-3, 24: 1e-6}
+# Header affines that differ by more than this anywhere in the field place the head elsewhere.
+_POSITION_TOLERANCE_MM = 1.0
+# Largest cosine between two axes of a grid; more is shear, which no rigid motion can undo.
+_MOST_SHEAR = 0.01
+# Fields that stay true of what is made of a run.
+_KEPT = (
+    *("qform_code", "sform_code", "xyzt_units", "descrip", "aux_file", "toffset"),
+    *("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,11 +64,16 @@ class Layout:
     @property
     def header_tr_s(self) -> float:
         """Repetition time in seconds, by the header's unit (none given: seconds); 0 if absent."""
-        unit = self.header.get_xyzt_units()[1]
+        unit = int(self.header["xyzt_units"]) & 0x38
         return float(self.header["pixdim"][4]) * _SECONDS.get(unit, 1.0)
 
+    @property
+    def space_unit(self) -> str | None:
+        """Unit of length: ``m``, ``mm`` or ``micron``; None if the header gives none."""
+        return _SPACE_UNITS.get(int(self.header["xyzt_units"]) & 0x07)
 
-def parse_layout(first_bytes: bytes, run: str) -> Layout:
+
+def parse_layout(first_bytes: bytes, run: str, affine_source: str = "auto") -> Layout:
     """Layout of a NIfTI file from its first bytes.
 
     Parameters
@@ -66,6 +82,9 @@ def parse_layout(first_bytes: bytes, run: str) -> Layout:
         At least the header; 540 bytes hold either version's.
     run : str
         Named in errors.
+    affine_source : str
+        ``sform`` or ``qform``; ``auto`` takes the sform if it has a code, else the qform, and
+        refuses two that disagree.
 
     Raises
     ------
@@ -91,22 +110,123 @@ def parse_layout(first_bytes: bytes, run: str) -> Layout:
     offset = float(header["vox_offset"])
     if not HEADER_BYTES - 192 <= offset <= 2**31:
         raise InputError(f"{run}: voxels begin at byte {offset:g}; the header is damaged")
-    slope, inter = header.get_slope_inter()
-    affine = header.get_best_affine()
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise InputError(f"{run}: the affine is singular; set sform or qform to the true position")
+    slope, inter = _scaling(header, run)
+    affine = _affine(header, tuple(sizes), affine_source, run)
     return Layout(
         header=header,
         shape=tuple(sizes),
         dtype=dtype,
         offset=int(offset),
-        slope=1.0 if slope is None else float(slope),
-        inter=0.0 if inter is None else float(inter),
-        affine=affine.astype(np.float64),
+        slope=slope,
+        inter=inter,
+        affine=affine,
     )
 
 
-def check_run_shape(layout: Layout, run: str) -> None:
+def _scaling(header: Any, run: str) -> tuple[float, float]:
+    """Slope and intercept; a slope of 0 or none means that there is no scaling."""
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or not np.isfinite(slope):
+        return 1.0, 0.0
+    if not np.isfinite(inter):
+        raise InputError(f"{run}: scl_inter {inter} found; the header is damaged")
+    return slope, inter
+
+
+def _affine(
+    header: Any, shape: tuple[int, ...], affine_source: str, run: str
+) -> NDArray[np.float64]:
+    """The affine that the header's codes and the user choose, checked."""
+    with np.errstate(all="ignore"):
+        sform = header.get_sform().astype(np.float64)
+        qform = _qform(header)
+    n_codes = (int(header["sform_code"]) > 0) + (int(header["qform_code"]) > 0)
+    if affine_source == "auto" and n_codes == 2:
+        _refuse_disagreement(sform, qform, shape, run)
+    if affine_source == "qform" or (affine_source == "auto" and not int(header["sform_code"])):
+        affine, code = qform, int(header["qform_code"])
+    else:
+        affine, code = sform, int(header["sform_code"])
+    if n_codes == 0:
+        affine = header.get_base_affine().astype(np.float64)
+    elif code == 0:
+        raise InputError(f"{run}: affine_source {affine_source} asked for, but its code is 0")
+    sizes = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    # The bounds are far beyond any scanner; they keep damaged headers out of the arithmetic.
+    if not np.isfinite(affine).all() or not (sizes.min() > 1e-3 and sizes.max() < 1e3):
+        raise InputError(
+            f"{run}: voxel sizes {_listed(sizes)} mm found in the affine; it is singular or "
+            "damaged; set sform or qform to the true position"
+        )
+    directions = affine[:3, :3] / sizes
+    shear = np.abs(directions.T @ directions - np.eye(3)).max()
+    if shear > _MOST_SHEAR:
+        raise InputError(
+            f"{run}: the affine is sheared (cosine {shear:.3f} between two axes); rigid motion "
+            "needs a rectangular grid; resample the run, or set affine_source"
+        )
+    return affine
+
+
+def _qform(header: Any) -> NDArray[np.float64]:
+    try:
+        return np.asarray(header.get_qform(), dtype=np.float64)
+    except (ValueError, HeaderDataError):  # a quaternion or pixdim that no header can have
+        return np.full((4, 4), np.nan)
+
+
+def _refuse_disagreement(
+    sform: NDArray[np.float64], qform: NDArray[np.float64], shape: tuple[int, ...], run: str
+) -> None:
+    corners = np.array(
+        [
+            (x, y, z, 1)
+            for x in (0, shape[0] - 1)
+            for y in (0, shape[1] - 1)
+            for z in (0, shape[2] - 1)
+        ],
+        dtype=np.float64,
+    )
+    if not np.isfinite(qform).all():
+        raise InputError(f"{run}: the qform is damaged; set affine_source: sform to do without it")
+    apart_mm = float(np.sqrt((((sform - qform) @ corners.T)[:3] ** 2).sum(axis=0)).max())
+    if not apart_mm <= _POSITION_TOLERANCE_MM:
+        raise InputError(
+            f"{run}: sform and qform differ by {apart_mm:.1f} mm within the field; say which is "
+            "true: affine_source: sform or affine_source: qform"
+        )
+
+
+def check_units(layout: Layout, run: str) -> list[str]:
+    """Refuse lengths that are not mm, and headers that lost their geometry.
+
+    Returns
+    -------
+    warnings : list of str
+
+    Raises
+    ------
+    InputError
+    """
+    unit = layout.space_unit
+    if unit == "mm":
+        return []
+    if unit is not None:
+        raise InputError(f"{run}: lengths are in {unit}; needs mm; convert the header")
+    sizes = np.sqrt((layout.affine[:3, :3] ** 2).sum(axis=0))
+    if np.allclose(sizes, 1.0):
+        raise InputError(
+            f"{run}: voxels of 1 x 1 x 1 without a unit: the header has lost its geometry; write "
+            "the true voxel sizes and xyzt_units into it"
+        )
+    return [f"{run}: no unit of length in the header; voxels of {_listed(sizes)} are taken as mm"]
+
+
+def _listed(sizes: NDArray[np.float64]) -> str:
+    return " x ".join(f"{size:.4g}" for size in sizes)
+
+
+def check_run_shape(layout: Layout, run: str, in_plane: bool = False) -> None:
     """Refuse what is not a series of volumes.
 
     Raises
@@ -121,9 +241,12 @@ def check_run_shape(layout: Layout, run: str) -> None:
         )
     if len(shape) > 4:
         raise InputError(f"{run}: {len(shape)} axes {shape} found; a run needs x, y, z and time")
+    if in_plane and min(shape[:2]) >= 2:
+        return
     if min(shape[:3]) < 2:
         raise InputError(
-            f"{run}: axes {shape} found; rigid motion needs at least 2 voxels along x, y and z"
+            f"{run}: axes {shape} found; rigid motion needs at least 2 voxels along x, y and z; "
+            "for single slices set in_plane: true"
         )
 
 
@@ -132,8 +255,8 @@ def made_header(
 ) -> Any:
     """NIfTI-1 header (NIfTI-2 if the source is, or the shape asks for it) of an output.
 
-    The source's codes, units, intent and repetition time survive; sform and qform are those of
-    the source where the affine is the source's own.
+    The source's codes, units, intent and repetition time survive; on the source's own grid also
+    sform, qform, the axes of encoding and, for a series, the order of slices.
 
     Parameters
     ----------
@@ -151,14 +274,13 @@ def made_header(
     header.set_data_dtype(dtype)
     header.set_data_shape(shape)
     same_grid = np.array_equal(source.get_best_affine(), affine)
-    for field in ("qform_code", "sform_code", "xyzt_units", "descrip", "slice_code"):
-        header[field] = source[field]
-    for field in ("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3"):
+    for field in _KEPT:
         header[field] = source[field]
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         header["sform_code"] = 2  # "aligned": the position that we were left to assume
     if same_grid:
         _copy_position(source, header)
+        _copy_acquisition(source, header)
     else:
         header.set_qform(affine, int(source["qform_code"]))
         header.set_sform(affine, int(source["sform_code"]) or 2)
@@ -175,9 +297,19 @@ def _copy_position(source: Any, header: Any) -> None:
         header[field] = source[field]
     for field in ("srow_x", "srow_y", "srow_z"):
         header[field] = source[field]
+    for field in ("dim_info", "slice_code", "slice_start", "slice_end", "slice_duration"):
+        header[field] = source[field]
     header["pixdim"][:4] = source["pixdim"][:4]
     if int(source["sform_code"]) == 0 and int(header["sform_code"]) == 2:
         header.set_sform(source.get_best_affine(), 2)
+
+
+def _copy_acquisition(source: Any, header: Any) -> None:
+    """Which axes were encoded how, and for a series when each slice was taken."""
+    header["dim_info"] = source["dim_info"]
+    if int(header["dim"][0]) == 4:
+        for field in ("slice_code", "slice_start", "slice_end", "slice_duration", "toffset"):
+            header[field] = source[field]
 
 
 def _parse_header(first_bytes: bytes, run: str) -> Any:

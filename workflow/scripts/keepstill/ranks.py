@@ -9,20 +9,22 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 
 from keepstill.errors import InputError, KeepstillError, LaunchError
-from keepstill.estimate import Estimate
 from keepstill.files import put_private
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
+    Part,
     Target,
     choose_target,
     mean_target,
+    merged,
     realign_volumes,
 )
 from keepstill.settings import RealignSettings
@@ -30,6 +32,10 @@ from keepstill.stage import MOTION
 
 # What launchers tell a rank of the world's size: MPICH and Slurm's PMI-2, Open MPI, PMIx.
 _WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
+# What srun says of its step, with or without a PMI that would let the tasks find each other.
+_SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
+
+T = TypeVar("T")
 
 
 class Alone:
@@ -76,6 +82,36 @@ class World:
         os._exit(code)  # not reached, but the type checker cannot know
 
 
+def together(world: Alone | World, work: Callable[[], T]) -> T:
+    """Own value of some work that all ranks do, once all have done it.
+
+    A user's error on any rank becomes the error of all, so that they end alike, none waits for
+    another that has left, and the first rank tells it once.
+
+    Raises
+    ------
+    KeepstillError
+        That of the lowest rank that met one.
+    """
+    value: T | None = None
+    error: KeepstillError | None = None
+    try:
+        value = work()
+    except KeepstillError as caught:
+        error = caught
+    errors: list[KeepstillError | None] = world.bcast(world.gather(error))
+    for met in errors:
+        if met is not None:
+            raise met
+    return cast(T, value)
+
+
+def on_first(world: Alone | World, work: Callable[[], T]) -> T:
+    """Rank 0's value of some work that it alone does, on all ranks; errors as in `together`."""
+    value: T = world.bcast(together(world, lambda: work() if world.rank == 0 else None))
+    return value
+
+
 def launched_size() -> int | None:
     """Size of the world that a launcher says it started, or None without a launcher."""
     for variable in _WORLD_SIZE_VARIABLES:
@@ -99,6 +135,11 @@ def join_world(n_ranks: int | None = None) -> Alone | World:
         together would give as many worlds of one, each doing all the work over the others.
     """
     launched = launched_size()
+    if launched is None and int(os.environ.get(_SLURM_STEP_SIZE) or 1) > 1:
+        raise LaunchError(
+            f"srun started {os.environ[_SLURM_STEP_SIZE]} tasks that do not know of each other; "
+            "use srun --mpi=pmi2"
+        )
     wanted = n_ranks or launched or 1
     world = Alone() if launched is None else World()
     if world.size != wanted:
@@ -110,9 +151,10 @@ def join_world(n_ranks: int | None = None) -> Alone | World:
 
 
 def run_in_world(n_ranks: int | None, work: Callable[[Alone | World], None]) -> int:
-    """Exit code of some work that all ranks do; one that fails ends them all.
+    """Exit code of some work that all ranks do.
 
-    A user's error is one line, from the rank that met it; anything else is a traceback.
+    A user's error, which `together` has made the error of all ranks, is one line; anything else
+    is a traceback, from the rank that met it, and the end of all ranks.
     """
     try:
         world = join_world(n_ranks)
@@ -122,8 +164,9 @@ def run_in_world(n_ranks: int | None, work: Callable[[Alone | World], None]) -> 
     try:
         work(world)
     except KeepstillError as error:
-        print(f"keepstill: {error}", file=sys.stderr)
-        world.abort(2)
+        if world.rank == 0:
+            print(f"keepstill: {error}", file=sys.stderr, flush=True)
+        return 2
     except KeyboardInterrupt:
         world.abort(130)
     except Exception:
@@ -160,34 +203,33 @@ def realign_staged(
         If the run has no usable reference, or no volume could be realigned.
     """
     run = open_staged(stage_dir)
-    target = choose_target(run, settings)
-    estimates = _realign_all(run, target, settings, world, crew)
+    target = together(world, lambda: choose_target(run, settings))
     if settings.reference == "mean":
-        target = mean_target(run, target, estimates, settings)
-        estimates = _realign_all(run, target, settings, world, crew)
-    if world.rank == 0:
-        _refuse_if_none(run, estimates)
-        _save(stage_dir, target, estimates)
-    world.bcast(None)  # nobody leaves before the result is there
+        first = _realign_all(run, target, replace(settings, reslice=True), world, crew)
+        estimates = list(first.estimates.values())
+        target = together(world, lambda: mean_target(run, target, estimates, settings))
+    found = _realign_all(run, target, settings, world, crew)
+    on_first(world, lambda: _finish(stage_dir, run, target, found))
 
 
 def _realign_all(
-    run: StagedRun,
-    target: Target,
-    settings: RealignSettings,
-    world: Alone | World,
-    crew: Crew,
-) -> list[Estimate]:
+    run: StagedRun, target: Target, settings: RealignSettings, world: Alone | World, crew: Crew
+) -> Part:
     mine = share(run.n_volumes, world.size, world.rank)
-    gathered = world.gather(realign_volumes(run, target, mine, settings, crew))
-    merged: dict[int, Estimate] = {}
-    for part in gathered or []:
-        merged |= part
-    estimates: list[Estimate] = world.bcast([merged[t] for t in sorted(merged)])
-    return estimates
+    parts = world.gather(
+        together(world, lambda: realign_volumes(run, target, mine, settings, crew))
+    )
+    found: Part = world.bcast(merged(parts or []))
+    return found
 
 
-def _refuse_if_none(run: StagedRun, estimates: list[Estimate]) -> None:
+def _finish(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
+    _refuse_if_none(run, found)
+    _save(stage_dir, target, found)
+
+
+def _refuse_if_none(run: StagedRun, found: Part) -> None:
+    estimates = found.estimates.values()
     if all(estimate.status in ("failed", "reference") for estimate in estimates):
         raise InputError(
             f"{run.run}: none of {len(estimates)} volumes could be realigned; look at the run, "
@@ -195,7 +237,10 @@ def _refuse_if_none(run: StagedRun, estimates: list[Estimate]) -> None:
         )
 
 
-def _save(stage_dir: Path, target: Target, estimates: list[Estimate]) -> None:
+def _save(stage_dir: Path, target: Target, found: Part) -> None:
+    estimates = list(found.estimates.values())
+    reference = target.reference
+    missing = np.zeros((0, 0, 0), np.bool_) if found.missing is None else found.missing
     saved = io.BytesIO()
     np.savez(
         saved,
@@ -205,7 +250,9 @@ def _save(stage_dir: Path, target: Target, estimates: list[Estimate]) -> None:
         cost=np.array([e.cost for e in estimates]),
         overlap=np.array([e.overlap for e in estimates]),
         scale=np.array([e.scale for e in estimates]),
-        reference=target.reference.volume,
-        affine=target.reference.affine,
+        reference=reference.volume,
+        affine=reference.affine,
+        missing=missing,
+        n_missing=found.n_missing,
     )
     put_private(stage_dir / MOTION, saved.getvalue())

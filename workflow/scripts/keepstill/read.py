@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from keepstill.errors import InputError
 from keepstill.nifti import HEADER_BYTES, Layout, parse_layout
-from keepstill.stage import REALIGNED_VOXELS, STAGED, STAGED_VOXELS
+from keepstill.stage import REALIGNED_VOXELS, STAGED, STAGED_VOXELS, map_volumes
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class StagedRun:
         """Number of volumes."""
         return int(self.voxels.shape[0])
 
+    @property
+    def n_dummy(self) -> int:
+        """Number of first volumes before the signal was steady."""
+        return int(self.found["n_dummy"])
+
     def volume(self, t: int) -> NDArray[np.float32]:
         """Volume t, (nz, ny, nx) float32, in the units that slope and intercept give."""
         stored = self.voxels[t].astype(np.float32)
@@ -56,8 +61,8 @@ def open_staged(stage_dir: Path) -> StagedRun:
     voxels_dir = Path(found["voxels_dir"])
     path = voxels_dir / STAGED_VOXELS
     with path.open("rb") as file:
-        layout = parse_layout(file.read(HEADER_BYTES), found["run"])
-    voxels = np.memmap(path, layout.dtype, "r", layout.offset, layout.shape[::-1])
+        layout = parse_layout(file.read(HEADER_BYTES), found["run"], found["affine_source"])
+    voxels = map_volumes(path, layout)
     return StagedRun(found["run"], layout, voxels, voxels_dir / REALIGNED_VOXELS, found)
 
 

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.errors import EmptyVolumeError, InputError
-from keepstill.estimate import Estimate, estimate_motion, new_coefficients, prepare_moving
-from keepstill.kernels.sums import Moving
+from keepstill.estimate import Estimate, estimate_motion
+from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.read import StagedRun, read_volume
 from keepstill.reference import Reference, prepare_reference
 from keepstill.reslice import reslice_volume
 from keepstill.settings import RealignSettings
+from keepstill.smooth import fill_missing
 
 Progress = Callable[[int], None]
 
@@ -52,6 +53,36 @@ class Target:
     volume: int | None
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one rank found.
+
+    Attributes
+    ----------
+    estimates : dict of int to Estimate
+    missing : (nz, ny, nx) bool or None
+        Voxels that are no number in one of the rank's volumes.
+    n_missing : int
+        Number of such values over all its volumes.
+    """
+
+    estimates: dict[int, Estimate]
+    missing: NDArray[np.bool_] | None = None
+    n_missing: int = 0
+
+
+def merged(parts: Iterable[Part]) -> Part:
+    """What all ranks found, estimates in the order of the volumes."""
+    estimates: dict[int, Estimate] = {}
+    missing, n_missing = None, 0
+    for part in parts:
+        estimates |= part.estimates
+        n_missing += part.n_missing
+        if part.missing is not None:
+            missing = part.missing if missing is None else missing | part.missing
+    return Part({t: estimates[t] for t in sorted(estimates)}, missing, n_missing)
+
+
 def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
     """The reference that the settings name; for ``mean``, the first volume, to begin with.
 
@@ -61,7 +92,8 @@ def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
         If it shows no head, or the named file is not a volume.
     """
     if settings.reference in ("first", "mean", "middle"):
-        t = run.n_volumes // 2 if settings.reference == "middle" else 0
+        n_dummy = run.n_dummy
+        t = n_dummy + (run.n_volumes - n_dummy) // 2 if settings.reference == "middle" else n_dummy
         volume, affine = run.volume(t), run.layout.affine
         name = f"volume {t}"
     else:
@@ -74,14 +106,15 @@ def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
 def mean_target(
     run: StagedRun, first: Target, estimates: list[Estimate], settings: RealignSettings
 ) -> Target:
-    """The mean of the realigned volumes, failed ones left out, as reference of a second pass.
+    """The mean of the realigned volumes as reference of a second pass; no failed, no dummy ones.
 
     Pose and grid stay those of the first volume. The sum runs in the order of the volumes, from
     the realigned file, so that it does not depend on who wrote what.
     """
     realigned = open_realigned(run, first.reference.volume.shape)
     total = np.zeros(first.reference.volume.shape)
-    good = [t for t, estimate in enumerate(estimates) if estimate.status != "failed"]
+    steady = enumerate(estimates[run.n_dummy :], run.n_dummy)
+    good = [t for t, estimate in steady if estimate.status != "failed"]
     for t in good:
         total += realigned[t]
     mean = (total / len(good)).astype(np.float32)
@@ -95,7 +128,7 @@ def realign_volumes(
     volumes: Iterable[int],
     settings: RealignSettings,
     crew: Crew,
-) -> dict[int, Estimate]:
+) -> Part:
     """Estimate some of a run's volumes and write them, resliced, at their own offsets.
 
     Each volume depends on itself and the reference alone: not on the others, not on who does it.
@@ -110,7 +143,7 @@ def realign_volumes(
 
     Returns
     -------
-    estimates : dict of int to Estimate
+    Part
     """
     worker = _Worker(run, target, settings, crew.on_volume)
     chosen = list(volumes)
@@ -118,7 +151,8 @@ def realign_volumes(
     try:
         with ThreadPoolExecutor(crew.n_threads) as pool:
             found = pool.map(lambda t: worker.realign(t, handle), chosen)
-            return dict(zip(chosen, found, strict=True))
+            estimates = dict(zip(chosen, found, strict=True))
+        return Part(estimates, worker.missing, worker.n_missing)
     finally:
         os.close(handle)
 
@@ -135,9 +169,8 @@ def _prepared(
 ) -> Reference:
     volume, affine, name = source
     try:
-        return prepare_reference(
-            np.nan_to_num(volume, posinf=0, neginf=0), affine, settings.estimate
-        )
+        volume, _ = fill_missing(volume)
+        return prepare_reference(volume, affine, settings.estimate, settings.in_plane)
     except EmptyVolumeError as error:
         raise InputError(f"{run.run}: {name}: {error}; choose another reference") from error
 
@@ -151,14 +184,16 @@ class _Worker:
         self._run, self._target, self._settings = run, target, settings
         self._on_volume = on_volume
         self._local = threading.local()
+        self._lock = threading.Lock()
+        self.missing: NDArray[np.bool_] | None = None
+        self.n_missing = 0
 
     def realign(self, t: int, handle: int) -> Estimate:
         """Estimate volume t, reslice it and write it to an open file at its offset."""
         coefficients, out = self._work_space()
-        volume = self._run.volume(t)
-        is_number = np.isfinite(volume)
-        if not is_number.all():
-            volume = np.where(is_number, volume, np.float32(0))
+        volume, missing = fill_missing(self._run.volume(t))
+        if missing is not None and not missing.all():  # a volume without any number fails anyway
+            self._note_missing(missing)
         moving = prepare_moving(volume, self._settings.estimate.degree, coefficients)
         estimate = self._estimate(t, volume, moving)
         if self._settings.reslice:
@@ -166,6 +201,11 @@ class _Worker:
             os.pwrite(handle, out.data, t * out.nbytes)
         self._on_volume(t)
         return estimate
+
+    def _note_missing(self, missing: NDArray[np.bool_]) -> None:
+        with self._lock:
+            self.missing = missing if self.missing is None else self.missing | missing
+            self.n_missing += int(missing.sum())
 
     def _estimate(self, t: int, volume: NDArray[np.float32], moving: Moving) -> Estimate:
         if t == self._target.volume:
@@ -191,10 +231,10 @@ class _Worker:
         affine = self._target.reference.affine
         reslice_volume(out, moving, self._run.layout.affine, estimate.moving_from_reference, affine)
 
-    def _work_space(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _work_space(self) -> tuple[Coefficients, NDArray[np.float32]]:
         if not hasattr(self._local, "space"):
-            shape = self._run.voxels.shape[1:]
+            nz, ny, nx = self._run.voxels.shape[1:]
             out = np.empty(self._target.reference.volume.shape, np.float32)
-            self._local.space = new_coefficients((shape[0], shape[1], shape[2])), out
-        space: tuple[NDArray[np.float32], NDArray[np.float32]] = self._local.space
+            self._local.space = Coefficients((nz, ny, nx)), out
+        space: tuple[Coefficients, NDArray[np.float32]] = self._local.space
         return space

@@ -7,30 +7,35 @@ from numpy.typing import NDArray
 
 from keepstill import geometry
 from keepstill.errors import EmptyVolumeError
-from keepstill.kernels.bspline import PAD_LOW, PAD_ROW, POLES, fill_coefficients
-from keepstill.kernels.sums import N_COLUMNS, SUM_LANES, Points, normal_matrix
+from keepstill.kernels.bspline import GAINS, LANES, PAD, POLES, fill_coefficients
+from keepstill.kernels.sums import N_COLUMNS, Points, normal_matrix
 from keepstill.masks import head_mask
 from keepstill.settings import EstimateSettings
+from keepstill.smooth import lowpass, valid_filtered
 
 Volume = NDArray[np.float32]
 
-_FWHM_PER_SD = 2.3548200450309493
 # Value and slope of the quintic B-spline at -2 ... 2: the derivative of a spline at grid points.
 _QUINTIC_VALUE = (1 / 120, 26 / 120, 66 / 120, 26 / 120, 1 / 120)
 _QUINTIC_SLOPE = (-1 / 24, -10 / 24, 0.0, 10 / 24, 1 / 24)
 # The border of the field is left out of the sampling points where an axis has room for it: its
 # slices lose and gain tissue that no other slice sees.
 _SHORTEST_AXIS_WITH_BORDER = 8
-# Early steps look at one row in so many; the last ones at all.
-_COARSE_ROWS = 4
+# Early steps look at the rows of one y in so many, the last ones at all: what is left out is
+# whole slabs of the volume, which then need not be interpolated in y and z.
+_COARSE_STEP = 4
 
 
 @dataclass(frozen=True)
 class Level:
-    """Sampling points and their normal matrix (7, 7), test_jacobian' jacobian."""
+    """Sampling points and their normal matrix (7, 7), test_jacobian' jacobian.
+
+    A rough level is one whose result is a starting point only.
+    """
 
     points: Points
     normal: NDArray[np.float64]
+    rough: bool
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,12 @@ class Reference:
     centre_mm : (3,) float64
         World point that steps turn about: the middle of the sampling points.
     coarse, fine : Level
-        Every fourth row of the sampling points, and all of them.
-    n_points : int
-        Number of sampling points of `fine`.
-    mean_intensity : float
-        Mean of the reference over the sampling points.
+        Sampling points of every fourth y, and all of them.
+    basis : (7, m) float64
+        Steps that are allowed, as combinations of shifts, rotations and intensity: all seven,
+        or within the slice plane two shifts, one rotation and intensity.
+    mean_intensity, sd_intensity : float
+        Mean and standard deviation of the reference over the sampling points.
     """
 
     volume: Volume
@@ -57,12 +63,16 @@ class Reference:
     centre_mm: NDArray[np.float64]
     coarse: Level
     fine: Level
-    n_points: int
+    basis: NDArray[np.float64]
     mean_intensity: float
+    sd_intensity: float
 
 
 def prepare_reference(
-    volume: Volume, affine: NDArray[np.float64], settings: EstimateSettings
+    volume: Volume,
+    affine: NDArray[np.float64],
+    settings: EstimateSettings,
+    in_plane: bool = False,
 ) -> Reference:
     """Sampling points, Jacobians and normal matrices of a reference volume.
 
@@ -73,6 +83,8 @@ def prepare_reference(
     affine : (4, 4) float64
         World mm (RAS+) from voxel (x, y, z).
     settings : EstimateSettings
+    in_plane : bool
+        Whether steps are held to the plane of the grid's first two axes.
 
     Raises
     ------
@@ -90,43 +102,34 @@ def prepare_reference(
     smooth_gradient = world_gradient(smooth, affine)
     rows = _rows(points_mask)
     levels = []
-    for chosen in (rows[::_COARSE_ROWS], rows):
+    for chosen, rough in ((_coarse(rows), True), (rows, False)):
         points = _points(chosen, (volume, smooth), (gradient, smooth_gradient), affine, centre_mm)
-        levels.append(Level(points, normal_matrix(points)))
+        levels.append(Level(points, normal_matrix(points), rough))
     return Reference(
         volume=volume,
         affine=affine,
         centre_mm=centre_mm,
         coarse=levels[0],
         fine=levels[1],
-        n_points=int(rows[:, 3].sum()),
+        basis=_in_plane_basis(affine) if in_plane else np.eye(N_COLUMNS),
         mean_intensity=float(volume[points_mask].mean(dtype=np.float64)),
+        sd_intensity=float(volume[points_mask].std(dtype=np.float64)),
     )
-
-
-def lowpass(volume: Volume, fwhm_voxels: float) -> Volume:
-    """Gaussian low-pass, width in voxels along every axis, mirrored borders; (nz, ny, nx)."""
-    sd = fwhm_voxels / _FWHM_PER_SD
-    reach = int(np.ceil(3.5 * sd))
-    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sd) ** 2)
-    taps /= taps.sum()
-    for axis in range(3):
-        volume = _filtered(volume, [float(t) for t in taps], axis)
-    return volume
 
 
 def world_gradient(volume: Volume, affine: NDArray[np.float64]) -> list[Volume]:
     """Derivatives of a volume's quintic spline along world x, y, z (per mm), at its voxels."""
     nz, ny, nx = volume.shape
-    padded = np.empty((nz + 2 * PAD_LOW, ny + 2 * PAD_LOW, nx + PAD_LOW + PAD_ROW), np.float32)
-    fill_coefficients(volume, np.array(POLES[5], np.float32), padded)
+    padded = np.empty((nz + 2 * PAD, ny + 2 * PAD, nx + 2 * PAD + LANES), np.float32)
+    block = np.empty((nx, LANES), np.float32)
+    fill_coefficients(volume, np.array(POLES[5], np.float32), GAINS[5], padded, block)
     coefficients = padded[2:-2, 2:-2, 2 : nx + 6]
     by_voxel = []
     for slope_axis in (2, 1, 0):
         part = coefficients
         for axis in range(3):
             taps = _QUINTIC_SLOPE if axis == slope_axis else _QUINTIC_VALUE
-            part = _valid_filtered(part, taps, axis)
+            part = valid_filtered(part, taps, axis)
         by_voxel.append(part)
     voxel_from_world = geometry.inverse(affine)
     to_world = voxel_from_world.astype(np.float32)
@@ -136,24 +139,12 @@ def world_gradient(volume: Volume, affine: NDArray[np.float64]) -> list[Volume]:
     ]
 
 
-def _filtered(volume: Volume, taps: list[float], axis: int) -> Volume:
-    reach = len(taps) // 2
-    width = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
-    mode = "reflect" if volume.shape[axis] > reach else "edge"
-    return _valid_filtered(np.pad(volume, width, mode=mode), taps, axis)  # type: ignore[call-overload]
-
-
-def _valid_filtered(volume: Volume, taps: list[float] | tuple[float, ...], axis: int) -> Volume:
-    """Sum of shifted copies, where all of them overlap: the axis loses len(taps) - 1."""
-    n = volume.shape[axis] - len(taps) + 1
-    out = None
-    for i, tap in enumerate(taps):
-        index = [slice(None)] * 3
-        index[axis] = slice(i, i + n)
-        term = volume[tuple(index)] * np.float32(tap)
-        out = term if out is None else out + term
-    assert out is not None
-    return out
+def _in_plane_basis(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Steps (7, 4) along the grid's x and y, about its z, and of intensity."""
+    axes = affine[:3, :3] / geometry.voxel_sizes_mm(affine)
+    basis = np.zeros((N_COLUMNS, 4))
+    basis[0:3, 0], basis[0:3, 1], basis[3:6, 2], basis[6, 3] = *axes[:, :2].T, axes[:, 2], 1.0
+    return basis
 
 
 def _without_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -166,13 +157,17 @@ def _without_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _rows(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Rows (y, z, first x, number): from the first to the last masked voxel of each grid row."""
-    out = []
-    for z in range(mask.shape[0]):
-        for y in np.nonzero(mask[z].any(axis=1))[0]:
-            x = np.nonzero(mask[z, y])[0]
-            out.append((int(y), z, int(x[0]), int(x[-1] - x[0] + 1)))
-    return np.array(out, dtype=np.int64).reshape(-1, 4)
+    """Rows (y, z, first x, number), by y: each from its first to its last masked voxel."""
+    y, z = np.nonzero(mask.any(axis=2).T)
+    first = mask.argmax(axis=2)[z, y]
+    last = mask.shape[2] - 1 - mask[:, :, ::-1].argmax(axis=2)[z, y]
+    return np.column_stack([y, z, first, last - first + 1]).astype(np.int64)
+
+
+def _coarse(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows of every fourth y."""
+    ys = np.unique(rows[:, 0])
+    return rows[np.isin(rows[:, 0], ys[(ys.size - 1) % _COARSE_STEP // 2 :: _COARSE_STEP])]
 
 
 def _points(
@@ -183,9 +178,8 @@ def _points(
     centre_mm: NDArray[np.float64],
 ) -> Points:
     """Sampling points of some rows, from (plain, low-passed) volumes and gradients."""
-    padded = -(-rows[:, 3] // SUM_LANES) * SUM_LANES
-    begins = np.concatenate([[0], np.cumsum(padded)[:-1]])
-    n = int(padded.sum())
+    begins = np.concatenate([[0], np.cumsum(rows[:, 3])[:-1]])
+    n = int(rows[:, 3].sum())
     values = np.zeros(n, np.float32)
     jacobians = [np.zeros((N_COLUMNS, n), np.float32) for _ in volumes]
     for (y, z, x, size), begin in zip(rows, begins, strict=True):

@@ -1,11 +1,13 @@
 """A moving volume on the reference's grid, in one interpolation."""
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
-from keepstill.kernels.sampling import clear_outside, fill_resliced
-from keepstill.kernels.sums import Moving
+from keepstill.kernels.sampling import clear_outside
+from keepstill.moving import Asked, Moving, fill_values
 
 
 def reslice_volume(
@@ -20,9 +22,8 @@ def reslice_volume(
     Parameters
     ----------
     out : (nz, ny, nx) float32
-        Filled; 0 where the source lies outside the moving field of view.
+        Filled; contiguous. 0 where the source lies outside the moving field of view.
     moving : Moving
-        B-spline of the volume.
     moving_affine : (4, 4) float64
         World mm from voxel of the moving volume.
     moving_from_reference : (4, 4) float64
@@ -38,16 +39,22 @@ def reslice_volume(
     moving_voxel_from_voxel = geometry.compose(
         geometry.inverse(moving_affine), moving_from_reference, affine
     )
-    n_inside: int = fill_resliced(
-        out,
-        moving.coefficients,
-        moving.degree,
-        moving.slots,
-        moving_voxel_from_voxel,
-        moving.shape,
-        np.float32(0),
-    )
-    return n_inside
+    nz, ny, nx = out.shape
+    rows = _grid_rows((nz, ny, nx))
+    spans = np.zeros((len(rows), 2), np.int64)
+    spans[:, 1] = nx
+    return fill_values(out.reshape(-1), Asked(rows, spans), moving, moving_voxel_from_voxel)
+
+
+@functools.lru_cache(maxsize=2)
+def _grid_rows(shape: tuple[int, int, int]) -> NDArray[np.int64]:
+    """All rows of a (nz, ny, nx) grid, as `Asked` wants them."""
+    nz, ny, nx = shape
+    y, z = (index.ravel() for index in np.indices((ny, nz)))
+    none = np.zeros_like(y)
+    rows = np.column_stack([y, z, none, none + nx, (z * ny + y) * nx])
+    rows.setflags(write=False)
+    return rows
 
 
 def coverage(

@@ -55,6 +55,13 @@ class RealignSettings:
         Radius of the sphere on which rotations count in framewise displacement.
     fd_outlier_mm, std_dvars_outlier : float
         A volume above either is flagged as an outlier.
+    affine_source : str
+        ``sform`` or ``qform`` says which affine is true; ``auto`` takes the sform if it has a
+        code, and refuses two affines that disagree.
+    dummy_scans : str or int
+        Number of first volumes before the signal is steady; ``auto`` finds the brighter ones.
+    in_plane : bool
+        Motion within the slice plane only (two shifts, one rotation): for single slices.
     estimate : EstimateSettings
     """
 
@@ -66,6 +73,9 @@ class RealignSettings:
     fd_radius_mm: float = 50.0
     fd_outlier_mm: float = 0.5
     std_dvars_outlier: float = 1.5
+    affine_source: str = "auto"
+    dummy_scans: str | int = "auto"
+    in_plane: bool = False
     estimate: EstimateSettings = field(default_factory=EstimateSettings)
 
     def __post_init__(self) -> None:
@@ -79,6 +89,16 @@ class RealignSettings:
         if self.output_dtype not in ("float32", "int16"):
             raise SettingsError(
                 f"output_dtype: {self.output_dtype!r} found; needs float32 or int16"
+            )
+        if self.affine_source not in ("auto", "sform", "qform"):
+            raise SettingsError(
+                f"affine_source: {self.affine_source!r} found; needs auto, sform or qform"
+            )
+        if self.dummy_scans != "auto" and not (
+            isinstance(self.dummy_scans, int) and self.dummy_scans >= 0
+        ):
+            raise SettingsError(
+                f"dummy_scans: {self.dummy_scans!r} found; needs auto or a number of volumes"
             )
 
     def to_json(self) -> str:

@@ -5,38 +5,58 @@ open to its user alone; and it is small, so room for all a run will need is take
 anything is written.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 from isal import isal_zlib
+from numpy.typing import NDArray
 
 from keepstill.bids import Origin, bids_uri
 from keepstill.errors import InputError, StageError
 from keepstill.files import put_private
 from keepstill.manifest import stamp_of
-from keepstill.nifti import HEADER_BYTES, Layout, check_run_shape, parse_layout
+from keepstill.nifti import HEADER_BYTES, Layout, check_run_shape, check_units, parse_layout
+from keepstill.settings import RealignSettings
+from keepstill.survey import check_signal, count_dummies
 
 STAGED = "staged.json"
 STAGED_VOXELS = "bold.nii"
 REALIGNED_VOXELS = "realigned.raw"
 MOTION = "motion.npz"
+_OVERFLOW = "overflow"  # a link to where the voxels are, if they are not here
+_LOCK = "lock"
+_SINGLE = "run-"
+DEFAULTS = RealignSettings()
 _CHUNK_BYTES = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 _TR_TOLERANCE_S = 1e-3
+# A longer repetition time is milliseconds under a header that says seconds.
+_LONGEST_TR_S = 100.0
+# Deflate cannot do better than this (1032), so a header that promises more is wrong.
+_MOST_GZIP_RATIO = 1040
 
 _log = logging.getLogger(__name__)
 
 
-def stage_run(source: Path, run: str, origin: Origin | None, stage_dir: Path) -> None:
+def stage_run(
+    source: Path,
+    run: str,
+    origin: Origin | None,
+    stage_dir: Path,
+    settings: RealignSettings = DEFAULTS,
+) -> None:
     """Bring a run into its stage directory and say what was found.
 
     Makes ``bold.nii`` (uncompressed), ``realigned.raw`` (room for the result) and, last,
@@ -54,6 +74,8 @@ def stage_run(source: Path, run: str, origin: Origin | None, stage_dir: Path) ->
         If None they lie flat, and sidecars are looked for in the data set above the file, if any.
     stage_dir : Path
         The run's own folder; made if need be, for this user alone.
+    settings : RealignSettings
+        Which affine counts, dummy volumes, single slices.
 
     Raises
     ------
@@ -69,16 +91,21 @@ def stage_run(source: Path, run: str, origin: Origin | None, stage_dir: Path) ->
     metadata = origin.metadata(source, run)
     stamp = _checked_stamp(source, run)
     chunks = _Chunks(source, run)
-    layout = parse_layout(chunks.peek(HEADER_BYTES), run)
-    check_run_shape(layout, run)
-    voxels_dir = _reserve(stage_dir, layout, run)
+    layout = parse_layout(chunks.peek(HEADER_BYTES), run, settings.affine_source)
+    check_run_shape(layout, run, settings.in_plane)
+    warnings = check_units(layout, run)
+    _refuse_impossible_size(layout, stamp.bytes, run)
+    voxels_dir = _reserve(stage_dir, layout, settings, run)
     try:
         _write_voxels(chunks, voxels_dir / STAGED_VOXELS, layout, run)
-        _check_signal(voxels_dir / STAGED_VOXELS, layout, run)
-        tr_s, warnings = _repetition_time(layout, metadata, run)
+        volumes = map_volumes(voxels_dir / STAGED_VOXELS, layout)
+        warnings += check_signal(volumes, run)
+        n_dummy = _dummy_volumes(volumes, settings, run)
+        tr_s, odd = _repetition_time(layout, metadata, run)
     except BaseException:
         _clear(voxels_dir)
         raise
+    warnings += odd
     for warning in warnings:
         _log.warning("%s", warning)
     found = {
@@ -91,6 +118,8 @@ def stage_run(source: Path, run: str, origin: Origin | None, stage_dir: Path) ->
         "metadata": metadata,
         "tr_s": tr_s,
         "warnings": warnings,
+        "n_dummy": n_dummy,
+        "affine_source": settings.affine_source,
         "voxels_dir": str(voxels_dir),
     }
     put_private(stage_dir / STAGED, json.dumps(found).encode())
@@ -98,18 +127,89 @@ def stage_run(source: Path, run: str, origin: Origin | None, stage_dir: Path) ->
 
 def remove_stage(stage_dir: Path) -> None:
     """Remove all that a run has in the stage root, and what overflowed to disk."""
-    try:
-        voxels_dir = json.loads((stage_dir / STAGED).read_text())["voxels_dir"]
-        shutil.rmtree(voxels_dir, ignore_errors=True)
-    except (OSError, ValueError, KeyError):
-        pass
+    with contextlib.suppress(OSError):
+        shutil.rmtree((stage_dir / _OVERFLOW).readlink(), ignore_errors=True)
     shutil.rmtree(stage_dir, ignore_errors=True)
 
 
-def open_private_dir(root: Path) -> Path:
-    """New folder below `root` (below the temporary directory if there is no such root), 0700."""
-    base = root if root.is_dir() and os.access(root, os.W_OK) else Path(tempfile.gettempdir())
-    return Path(tempfile.mkdtemp(prefix=f"keepstill-{os.getuid()}-", dir=base))
+def private_stage_root(shared: Path) -> Path:
+    """Folder of this user in a stage root that users share; without one, in $TMPDIR."""
+    root = shared if shared.is_dir() else Path(tempfile.gettempdir())
+    if root != shared:
+        _log.warning("stage root %s: no such folder; %s serves instead", shared, root)
+    return root.absolute() / f"keepstill-{os.getuid()}"
+
+
+def claim_stage_root(stage_root: Path) -> None:
+    """Make the user's own stage root, closed to all others.
+
+    Raises
+    ------
+    StageError
+        If it cannot be made, or somebody else made it.
+    """
+    try:
+        stage_root.mkdir(mode=0o700, exist_ok=True)
+        status = stage_root.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise StageError(
+                f"stage root {stage_root}: belongs to user {status.st_uid}; "
+                "choose another stage_root"
+            )
+        if status.st_mode & 0o077:
+            stage_root.chmod(0o700)
+    except FileExistsError as error:
+        raise StageError(f"stage root {stage_root}: is no folder; remove it") from error
+    except PermissionError as error:
+        raise StageError(f"stage root {stage_root}: {error}; choose another stage_root") from error
+
+
+@contextlib.contextmanager
+def single_stage_dir(stage_root: Path) -> Iterator[Path]:
+    """Folder in which one call stages one run; gone afterwards, whatever happens.
+
+    A call that is killed cannot clean up. So it holds a lock that dies with it, and the next
+    call removes the folders whose lock nobody holds.
+
+    Raises
+    ------
+    StageError
+        If the stage root cannot be used.
+    """
+    claim_stage_root(stage_root)
+    sweep_stage_root(stage_root)
+    made = Path(tempfile.mkdtemp(prefix=".new-", dir=stage_root))
+    with (made / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stage_dir = made.rename(stage_root / f"{_SINGLE}{made.name.removeprefix('.new-')}")
+        try:
+            yield stage_dir
+        finally:
+            remove_stage(stage_dir)
+            with contextlib.suppress(OSError):
+                stage_root.rmdir()  # unless another call is at work there
+
+
+def hold_stage_dir(stage_dir: Path) -> TextIO:
+    """Make a stage directory that other processes of this call share, and hold it.
+
+    The returned file holds a lock that the kernel frees with this process; `sweep_stage_root`
+    spares what is held.
+    """
+    stage_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = (stage_dir / _LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
+
+
+def sweep_stage_root(stage_root: Path) -> None:
+    """Remove what killed calls left: the folders whose lock nobody holds."""
+    for folder in stage_root.glob("[!.]*/"):
+        with contextlib.suppress(OSError), (folder / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for staged in folder.glob("*/"):
+                remove_stage(staged)
+            remove_stage(folder)
 
 
 class _Chunks:
@@ -190,7 +290,7 @@ def _checked_stamp(source: Path, run: str) -> Any:
     if source.is_symlink() and not source.exists():
         raise InputError(
             f"{run}: {source} is a link to a file that is not there; fetch it "
-            f"(`datalad get {source.name}`) or mend the link"
+            f"(datalad get {source.name}) or mend the link"
         )
     try:
         stamp = stamp_of(source)
@@ -205,9 +305,10 @@ def _checked_stamp(source: Path, run: str) -> Any:
     return stamp
 
 
-def _reserve(stage_dir: Path, layout: Layout, run: str) -> Path:
+def _reserve(stage_dir: Path, layout: Layout, settings: RealignSettings, run: str) -> Path:
     """Folder that has room for the run and its result, taken before a byte is written."""
-    n_realigned = 4 * int(np.prod(layout.shape, dtype=np.int64))
+    is_resliced = settings.reslice or settings.reference == "mean"
+    n_realigned = 4 * int(np.prod(layout.shape, dtype=np.int64)) if is_resliced else 0
     sizes = {STAGED_VOXELS: layout.n_bytes, REALIGNED_VOXELS: n_realigned}
     needed = sum(sizes.values())
     try:
@@ -222,10 +323,13 @@ def _reserve(stage_dir: Path, layout: Layout, run: str) -> Path:
         / f"keepstill-{os.getuid()}-{hashlib.sha256(str(stage_dir).encode()).hexdigest()[:16]}"
     )
     try:
+        (stage_dir / _OVERFLOW).unlink(missing_ok=True)
+        (stage_dir / _OVERFLOW).symlink_to(spare)
         spare.mkdir(mode=0o700, exist_ok=True)
         _allocate(spare, sizes)
     except OSError as error:
         _clear(spare)
+        _clear(stage_dir)
         raise StageError(
             f"{run}: {needed / 1e6:.0f} MB needed; neither {stage_dir.parent} ({reason}) nor "
             f"{overflow} ({error.strerror}) has them; free some, or set stage_root or TMPDIR"
@@ -248,13 +352,14 @@ def _allocate(folder: Path, sizes: dict[str, int]) -> None:
     for name, n_bytes in sizes.items():
         handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            os.posix_fallocate(handle, 0, n_bytes)
+            if n_bytes > 0:
+                os.posix_fallocate(handle, 0, n_bytes)
         finally:
             os.close(handle)
 
 
 def _clear(folder: Path) -> None:
-    for name in (STAGED_VOXELS, REALIGNED_VOXELS):
+    for name in (STAGED_VOXELS, REALIGNED_VOXELS, _OVERFLOW):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -276,32 +381,60 @@ def _write_voxels(chunks: _Chunks, path: Path, layout: Layout, run: str) -> None
         )
 
 
-def _check_signal(path: Path, layout: Layout, run: str) -> None:
-    """Refuse a run in which no volume shows anything; most runs end the search at the first."""
-    volumes = np.memmap(path, layout.dtype, "r", layout.offset, layout.shape[::-1])
-    any_finite = False
-    for volume in volumes:
-        finite = volume[np.isfinite(volume)] if layout.dtype.kind == "f" else volume
-        any_finite = any_finite or finite.size > 0
-        if finite.size and finite.min() != finite.max():
-            return
-    what = "every voxel has one and the same value" if any_finite else "no voxel is a number (NaN)"
-    raise InputError(f"{run}: {what} in all {len(volumes)} volumes; export the run again")
+def map_volumes(path: Path, layout: Layout) -> NDArray[Any]:
+    """Volumes of a staged run, (n, nz, ny, nx) as stored, mapped."""
+    return np.memmap(path, layout.dtype, "r", layout.offset, layout.shape[::-1])
 
 
-def _repetition_time(layout: Layout, metadata: dict[str, Any], run: str) -> tuple[float, list[str]]:
+def _refuse_impossible_size(layout: Layout, n_file_bytes: int, run: str) -> None:
+    """Refuse a header that promises more than the file can hold, before taking room for it."""
+    if layout.n_bytes > n_file_bytes * _MOST_GZIP_RATIO:
+        raise InputError(
+            f"{run}: the header promises {layout.n_bytes} bytes (axes {layout.shape}), a file of "
+            f"{n_file_bytes} bytes cannot hold them; the header is damaged or the file truncated"
+        )
+
+
+def _dummy_volumes(volumes: NDArray[Any], settings: RealignSettings, run: str) -> int:
+    if settings.dummy_scans == "auto":
+        return count_dummies(volumes)
+    n_dummy = int(settings.dummy_scans)
+    if n_dummy > len(volumes) - 2:
+        raise InputError(
+            f"{run}: dummy_scans {n_dummy} of {len(volumes)} volumes; at least 2 must remain"
+        )
+    return n_dummy
+
+
+def _repetition_time(
+    layout: Layout, metadata: dict[str, Any], run: str
+) -> tuple[float | None, list[str]]:
     """Repetition time in seconds, the sidecar's if it has one, and what is odd about it."""
-    header_tr_s = layout.header_tr_s
+    header_tr_s, warnings = _header_repetition_time(layout, run)
     given = metadata.get("RepetitionTime")
     if given is None:
-        return header_tr_s, [
-            f"{run}: no RepetitionTime in a sidecar; the header's {header_tr_s:g} s is taken"
-        ]
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < 1e4:
+        if header_tr_s is None:
+            return None, [f"{run}: no repetition time in sidecar or header; outputs have none"]
+        taken = f"{run}: no RepetitionTime in a sidecar; the header's {header_tr_s:g} s is taken"
+        return header_tr_s, [*warnings, taken]
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < 1e3:
         raise InputError(f"{run}: RepetitionTime {given!r} in the sidecar; needs seconds")
-    if abs(header_tr_s - given) > _TR_TOLERANCE_S:
+    if header_tr_s is None or abs(header_tr_s - given) > _TR_TOLERANCE_S:
+        shown = "none" if header_tr_s is None else f"{header_tr_s:g} s"
         return float(given), [
-            f"{run}: repetition time {header_tr_s:g} s in the header, {given:g} s in the sidecar; "
+            f"{run}: repetition time {shown} in the header, {given:g} s in the sidecar; "
             "the sidecar's is taken"
         ]
     return float(given), []
+
+
+def _header_repetition_time(layout: Layout, run: str) -> tuple[float | None, list[str]]:
+    """Repetition time by the header, and a warning where its unit cannot be right."""
+    tr_s = layout.header_tr_s
+    if not np.isfinite(tr_s) or tr_s <= 0:
+        return None, []
+    if tr_s < _LONGEST_TR_S:
+        return tr_s, []
+    return tr_s / 1000, [
+        f"{run}: a repetition time of {tr_s:g} s in the header must be milliseconds"
+    ]

@@ -4,20 +4,24 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
-import stat
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from keepstill.bids import Run, Sidecars, filter_runs, index_runs, lone_metadata
 from keepstill.config import Config, effective_config, filters_of, run_table_of, settings_of
-from keepstill.errors import InputError, StageError
+from keepstill.errors import InputError
 from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
 from keepstill.run_table import read_run_table
 from keepstill.settings import RealignSettings
+from keepstill.stage import (
+    claim_stage_root,
+    hold_stage_dir,
+    private_stage_root,
+    remove_stage,
+    sweep_stage_root,
+)
 
 RULES = ("stage", "realign", "collect", "page_run")  # in the order a run goes through them
 ERROR_PREFIX = "keepstill: "  # of an error's line in a log
@@ -231,45 +235,27 @@ def plan_study(study: Study) -> Plan:
     return plan
 
 
-def private_stage_root(shared: Path) -> Path:
-    """The user's own folder in a stage root that users share; where there is none, in $TMPDIR."""
-    root = shared if shared.is_dir() else Path(tempfile.gettempdir())
-    return root.absolute() / f"keepstill-{os.getuid()}"
+def clear_stage(study: Study, plan: Plan) -> None:
+    """Remove what this call has staged and flagged, and the folders that are empty then.
 
-
-def claim_stage_root(stage_root: Path) -> None:
-    """Make the user's own stage root, closed to all others.
-
-    Raises
-    ------
-    StageError
-        If it cannot be made, or somebody else made it.
+    Other calls may be at work on other runs of the same output directory.
     """
-    try:
-        stage_root.mkdir(mode=0o700, exist_ok=True)
-        status = stage_root.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise StageError(
-                f"stage root {stage_root}: belongs to user {status.st_uid}; "
-                "choose another stage_root"
-            )
-        if status.st_mode & 0o077:
-            stage_root.chmod(0o700)
-    except FileExistsError as error:
-        raise StageError(f"stage root {stage_root}: is no folder; remove it") from error
-    except PermissionError as error:
-        raise StageError(f"stage root {stage_root}: {error}; choose another stage_root") from error
-
-
-def clear_stage(study: Study) -> None:
-    """Remove what a study has staged, and the user's stage root if no other study is in it."""
-    from keepstill.stage import remove_stage
-
-    for run_dir in study.stage_dir.glob("*"):
-        remove_stage(run_dir)
-    for folder in (study.stage_dir, study.stage_root):
-        with contextlib.suppress(OSError):  # missing, or another study is at work there
+    for run in plan.runs:
+        remove_stage(study.stage_dir / run)
+    for run in (*plan.runs, *plan.pages, "study"):
+        for step in ("collected", "paged"):
+            study.flag_path(run, step).unlink(missing_ok=True)
+    sweep_stage_root(study.stage_root)  # the study's own folder too, unless another call holds it
+    for folder in (study.stage_root, study.flag_dir):
+        with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def hold_stage(study: Study) -> TextIO:
+    """Claim the study's stage directory for as long as the returned file is open."""
+    claim_stage_root(study.stage_root)
+    sweep_stage_root(study.stage_root)
+    return hold_stage_dir(study.stage_dir)
 
 
 def counted(number: int, noun: str) -> str:

@@ -103,13 +103,27 @@ def _cell(value: Any) -> str:
 
 
 def int16_scaling(volumes: Iterable[NDArray[np.float32]]) -> tuple[float, float]:
-    """Slope and intercept (as float32 values) that spread all voxels over int16."""
+    """Slope and intercept (as float32 values) that spread all voxels over int16.
+
+    Where 0 is among the values it is stored exactly, since it says that there are no data: the
+    intercept is then a whole number of steps, and the step has so few digits that no product of
+    the two is rounded.
+    """
     low, high = math.inf, -math.inf
     for volume in volumes:
         low, high = min(low, float(volume.min())), max(high, float(volume.max()))
+    if low <= 0 <= high and low < high:
+        slope = _short((high - low) / 2 / (_INT16_LIMIT - 1))
+        return slope, slope * round((low + high) / 2 / slope)
     inter = float(np.float32((low + high) / 2))
     slope = float(np.float32(max(high - inter, inter - low) / _INT16_LIMIT * (1 + 1e-6)))
     return (slope, inter) if slope > 0 else (1.0, inter)
+
+
+def _short(value: float) -> float:
+    """The next larger number of 9 binary digits: times 15 digits it fits in a float32's 24."""
+    digits, exponent = math.frexp(value)
+    return math.ldexp(math.ceil(digits * 2**9), exponent - 9)
 
 
 def as_int16(volume: NDArray[np.float32], slope: float, inter: float) -> NDArray[np.int16]:

@@ -12,17 +12,19 @@ POLES: dict[int, tuple[float, ...]] = {
     4: (-0.36134122590022018, -0.013725429297339122),
     5: (-0.43057534709997380, -0.043096288203264654),
 }
-# Values and slopes of the quintic B-spline at the integers 1 and 2 (0 and both by symmetry).
-QUINTIC_SLOPE = (10.0 / 24.0, 1.0 / 24.0)
+# What the recursion leaves to be multiplied with, for each degree (Unser 1993, equation 2.5).
+GAINS = {
+    degree: float(np.prod([(1 - pole) * (1 - 1 / pole) for pole in poles]))
+    for degree, poles in POLES.items()
+}
 # A spline of any degree to 5 reaches from 2 coefficients before floor(position) to 3 after.
 FIRST_TAP, N_TAPS = -2, 6
 # Outputs that share one load of coefficients; two registers of eight float32.
 LANES = 16
-# Coefficients kept beside the field: taps on the low side, taps and one block on the high side.
-PAD_LOW, PAD_HIGH = 4, 4
-PAD_ROW = LANES + PAD_HIGH
-# Terms of the boundary sum: 0.4306 ** 24 is below half a float32 ulp.
-_HORIZON = 24
+# Coefficients kept beside the field on each side: what taps may reach from within it.
+PAD = 4
+# Boundary sums end where a term's weight is below half a float32 ulp.
+_NEGLIGIBLE = np.float32(2.0**-25)
 
 
 def tap_slots(degree: int) -> tuple[int, int]:
@@ -31,45 +33,41 @@ def tap_slots(degree: int) -> tuple[int, int]:
 
 
 @njit(cache=True, nogil=True)
-def _mirror(index: int, size: int) -> int:
+def mirror(index: int, size: int) -> int:
     """Index into 0 ... size - 1 of an endless signal mirrored about its first and last sample."""
+    if size == 1:
+        return 0
     period = 2 * size - 2
     index = abs(index) % period
     return period - index if index >= size else index
 
 
 @njit(cache=True, nogil=True)
-def _filter_lines(lines: NDArray[np.float32], poles: NDArray[np.float32]) -> None:
-    """Turn samples into B-spline coefficients, in place, along the first of two axes.
+def filter_lines(lines: NDArray[np.float32], poles: NDArray[np.float32]) -> None:
+    """Turn samples into B-spline coefficients over `GAINS`, in place, along the first of two axes.
 
     Parameters
     ----------
     lines : (n, m) float32
-        m signals side by side, so that the recursion along n runs on whole vectors.
+        m signals side by side, mirrored at both ends. The recursion along n runs on whole
+        vectors: fastest if rows begin at multiples of 64 bytes, and are 48 or more long.
     poles : (p,) float32
-        Poles of the spline's degree; mirror boundaries at both ends.
+        Poles of the spline's degree.
+
+    Notes
+    -----
+    The gain is left out since whoever reads the coefficients multiplies anyway.
     """
     n, m = lines.shape
-    if n < 2:
-        return
-    start = np.empty(m, np.float32)
+    one = np.float32(1)
     for pole in poles:
-        gain = (np.float32(1) - pole) * (np.float32(1) - np.float32(1) / pole)
-        for i in range(n):
-            for j in range(m):
-                lines[i, j] *= gain
-        start[:] = 0
-        power = np.float32(1)
-        for term in range(_HORIZON):
-            row = lines[_mirror(term, n)]
-            for j in range(m):
-                start[j] += power * row[j]
-            power *= pole
-        lines[0] = start
+        _fill_start(lines, pole)
+        if n == 1:
+            continue
         for i in range(1, n):
             for j in range(m):
                 lines[i, j] += pole * lines[i - 1, j]
-        end = pole / (pole * pole - np.float32(1))
+        end = pole / (pole * pole - one)
         for j in range(m):
             lines[n - 1, j] = end * (pole * lines[n - 2, j] + lines[n - 1, j])
         for i in range(n - 2, -1, -1):
@@ -78,26 +76,72 @@ def _filter_lines(lines: NDArray[np.float32], poles: NDArray[np.float32]) -> Non
 
 
 @njit(cache=True, nogil=True)
-def _filter_rows(plane: NDArray[np.float32], poles: NDArray[np.float32]) -> None:
-    """`_filter_lines` along the contiguous axis: rows are turned to columns, a block at a time."""
-    ny, nx = plane.shape
-    block = np.empty((nx, LANES), np.float32)
-    for first in range(0, ny, LANES):
-        n_rows = min(LANES, ny - first)
-        for r in range(LANES):
-            row = plane[first + min(r, n_rows - 1)]
-            for i in range(nx):
-                block[i, r] = row[i]
-        _filter_lines(block, poles)
+def _fill_start(lines: NDArray[np.float32], pole: np.float32) -> None:
+    """Put what the causal recursion has gathered of the mirrored past into the first sample."""
+    n, m = lines.shape
+    one = np.float32(1)
+    if n == 1:  # a constant: all of the recursion, and back
+        for j in range(m):
+            lines[0, j] *= one / ((one - pole) * (one - one / pole))
+        return
+    power = pole
+    for term in range(1, 2 * n - 2):
+        if abs(power) < _NEGLIGIBLE:
+            return
+        source = mirror(term, n)
+        for j in range(m):
+            lines[0, j] += power * lines[source, j]
+        power *= pole
+    for j in range(m):  # the signal has come round; what follows repeats
+        lines[0, j] *= one / (one - power)
+
+
+@njit(cache=True, nogil=True)
+def filter_rows(
+    rows: NDArray[np.float32],
+    poles: NDArray[np.float32],
+    out: NDArray[np.float32],
+    block: NDArray[np.float32],
+) -> None:
+    """Coefficients over `GAINS` along the contiguous axis, mirrored beyond the ends of each row.
+
+    Parameters
+    ----------
+    rows : (n, nx) float32
+        Samples; never modified.
+    poles : (p,) float32
+        As in `filter_lines`.
+    out : (n, pad + nx + pad) float32
+        Filled.
+    block : (nx, m) float32
+        Work space: m rows at a time are turned to columns, so that the recursion runs across
+        them, and back.
+    """
+    n, nx = rows.shape
+    width = out.shape[1]
+    pad = (width - nx) // 2
+    for first in range(0, n, block.shape[1]):
+        n_rows = min(block.shape[1], n - first)
         for r in range(n_rows):
-            row = plane[first + r]
             for i in range(nx):
-                row[i] = block[i, r]
+                block[i, r] = rows[first + r, i]
+        filter_lines(block, poles)
+        for r in range(n_rows):
+            for i in range(nx):
+                out[first + r, pad + i] = block[i, r]
+            for i in range(pad):
+                out[first + r, i] = block[mirror(i - pad, nx), r]
+            for i in range(pad + nx, width):
+                out[first + r, i] = block[mirror(i - pad, nx), r]
 
 
 @njit(cache=True, nogil=True)
 def fill_coefficients(
-    volume: NDArray[np.float32], poles: NDArray[np.float32], out: NDArray[np.float32]
+    volume: NDArray[np.float32],
+    poles: NDArray[np.float32],
+    gain: float,
+    out: NDArray[np.float32],
+    block: NDArray[np.float32],
 ) -> None:
     """B-spline coefficients of a volume, mirrored beyond its borders.
 
@@ -107,42 +151,47 @@ def fill_coefficients(
         Voxels; never modified.
     poles : (p,) float32
         Poles of the spline's degree, empty for degree 1.
-    out : (nz + 8, ny + 8, nx + 4 + 20) float32
+    gain : float
+        From `GAINS`.
+    out : (nz + 8, ny + 8, nx + 8 + 16) float32
         Filled: coefficient (x, y, z) stands at ``[z + 4, y + 4, x + 4]``.
+    block : (nx, m) float32
+        Work space of `filter_rows`.
     """
     nz, ny, nx = volume.shape
-    inner = out[PAD_LOW : PAD_LOW + nz, PAD_LOW : PAD_LOW + ny]
+    width = nx + 2 * PAD
+    plane = np.zeros((ny, width), np.float32)
+    slab = np.empty((nz, width), np.float32)
+    scale = np.float32(gain * gain * gain)
     for k in range(nz):
+        filter_rows(volume[k], poles, plane, block)
+        filter_lines(plane, poles)
         for j in range(ny):
-            for i in range(nx):
-                inner[k, j, PAD_LOW + i] = volume[k, j, i]
-    if poles.size > 0:
+            for i in range(width):
+                out[PAD + k, PAD + j, i] = plane[j, i]
+    for j in range(ny):
         for k in range(nz):
-            plane = inner[k, :, PAD_LOW : PAD_LOW + nx]
-            _filter_rows(plane, poles)
-            _filter_lines(plane, poles)
-        for j in range(ny):
-            _filter_lines(inner[:, j, PAD_LOW : PAD_LOW + nx], poles)
-    _mirror_borders(out, nz, ny, nx)
+            for i in range(width):
+                slab[k, i] = out[PAD + k, PAD + j, i]
+        filter_lines(slab, poles)
+        for k in range(nz):
+            for i in range(width):
+                out[PAD + k, PAD + j, i] = scale * slab[k, i]
+    _mirror_borders(out, nz, ny)
 
 
 @njit(cache=True, nogil=True)
-def _mirror_borders(out: NDArray[np.float32], nz: int, ny: int, nx: int) -> None:
-    for k in range(PAD_LOW, PAD_LOW + nz):
-        for j in range(PAD_LOW, PAD_LOW + ny):
-            row = out[k, j]
-            for i in range(PAD_LOW):
-                row[i] = row[PAD_LOW + (_mirror(i - PAD_LOW, nx) if nx > 1 else 0)]
-            for i in range(nx, row.size - PAD_LOW):
-                row[PAD_LOW + i] = row[PAD_LOW + (_mirror(i, nx) if nx > 1 else 0)]
-        for j in range(out.shape[1]):
-            if j < PAD_LOW or j >= PAD_LOW + ny:
-                source = _mirror(j - PAD_LOW, ny) if ny > 1 else 0
-                out[k, j] = out[k, PAD_LOW + source]
-    for k in range(out.shape[0]):
-        if k < PAD_LOW or k >= PAD_LOW + nz:
-            source = _mirror(k - PAD_LOW, nz) if nz > 1 else 0
-            out[k] = out[PAD_LOW + source]
+def _mirror_borders(out: NDArray[np.float32], nz: int, ny: int) -> None:
+    """Rows beyond the field in y and z; and zeros, which no sum may use, behind each row."""
+    for k in range(nz):
+        plane = out[PAD + k]
+        plane[:, plane.shape[1] - LANES :] = 0
+        for j in range(PAD):
+            plane[j] = plane[PAD + mirror(j - PAD, ny)]
+            plane[PAD + ny + j] = plane[PAD + mirror(ny + j, ny)]
+    for k in range(PAD):
+        out[k] = out[PAD + mirror(k - PAD, nz)]
+        out[PAD + nz + k] = out[PAD + mirror(nz + k, nz)]
 
 
 @njit(cache=True, nogil=True)

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from keepstill.kernels.bspline import FIRST_TAP, LANES, N_TAPS, PAD_LOW, fill_weights
+from keepstill.kernels.bspline import FIRST_TAP, LANES, N_TAPS, PAD, fill_weights
 
 # A position this close to the border, in voxels, is still inside the field of view: rounding
 # must not push the outermost voxels of an unmoved volume out of it.
@@ -19,7 +19,7 @@ CHUNK = 64
 _LINE = CHUNK + LANES
 # Lines of work space: six weights for each of x, y, z, then the sums.
 _LINE_Y, _LINE_Z, _LINE_SUM, _N_LINES = N_TAPS, 2 * N_TAPS, 3 * N_TAPS, 3 * N_TAPS + 1
-_LOW = PAD_LOW + FIRST_TAP
+_LOW = PAD + FIRST_TAP
 _U = np.uint64
 
 
@@ -52,14 +52,17 @@ def new_work() -> Work:
 
 @njit(cache=True, nogil=True)
 def inside_span(
-    start: NDArray[np.float64], step: NDArray[np.float64], n: int, shape: tuple[int, int, int]
+    start: tuple[float, float, float],
+    step: tuple[float, float, float],
+    n: int,
+    shape: tuple[int, int, int],
 ) -> tuple[int, int]:
     """First and one past the last of the points start + i step that lie in the field of view.
 
     Parameters
     ----------
-    start, step : (3,) float64
-        Position (x, y, z) of point 0 and the difference between points, in voxels.
+    start, step : (x, y, z)
+        Position of point 0 and the difference between points, in voxels.
     n : int
         Number of points.
     shape : (nx, ny, nz)
@@ -81,13 +84,69 @@ def inside_span(
 
 @njit(cache=True, nogil=True, inline="always")
 def _is_inside(
-    start: NDArray[np.float64], step: NDArray[np.float64], i: int, shape: tuple[int, int, int]
+    start: tuple[float, float, float],
+    step: tuple[float, float, float],
+    i: int,
+    shape: tuple[int, int, int],
 ) -> bool:
-    for axis in range(3):
-        p = start[axis] + i * step[axis]
-        if not (p >= -FIELD_TOLERANCE and p <= shape[axis] - 1 + FIELD_TOLERANCE):
-            return False
-    return True
+    x, y, z = start[0] + i * step[0], start[1] + i * step[1], start[2] + i * step[2]
+    return (
+        x >= -FIELD_TOLERANCE
+        and x <= shape[0] - 1 + FIELD_TOLERANCE
+        and y >= -FIELD_TOLERANCE
+        and y <= shape[1] - 1 + FIELD_TOLERANCE
+        and z >= -FIELD_TOLERANCE
+        and z <= shape[2] - 1 + FIELD_TOLERANCE
+    )
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _line(
+    m: NDArray[np.float64], x: int, y: int, z: int
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Source of voxel (x, y, z), and its change to the next voxel in x."""
+    start = (
+        m[0, 3] + x * m[0, 0] + y * m[0, 1] + z * m[0, 2],
+        m[1, 3] + x * m[1, 0] + y * m[1, 1] + z * m[1, 2],
+        m[2, 3] + x * m[2, 0] + y * m[2, 1] + z * m[2, 2],
+    )
+    return start, (m[0, 0], m[1, 0], m[2, 0])
+
+
+@njit(cache=True, nogil=True)
+def narrow_spans(
+    spans: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    moving_voxel_from_voxel: NDArray[np.float64],
+    moving_shape: tuple[int, int, int],
+) -> int:
+    """Cut spans down, in place, to the points with a source inside the field of view.
+
+    Parameters
+    ----------
+    spans : (n_rows, 2) int64
+        First and one past the last point of each row that may count.
+    rows : (n_rows, 5) int64
+        y, z, first x, number and place of each row of points.
+    moving_voxel_from_voxel : (4, 4) float64
+        Voxel (x, y, z) of the rows' grid -> voxel of the moving volume.
+    moving_shape : (nx, ny, nz)
+
+    Returns
+    -------
+    n_inside : int
+        Number of points left.
+    """
+    n_inside = 0
+    for r in range(rows.shape[0]):
+        start, step = _line(moving_voxel_from_voxel, rows[r, 2], rows[r, 0], rows[r, 1])
+        low, high = inside_span(start, step, rows[r, 3], moving_shape)
+        low, high = max(low, spans[r, 0]), min(high, spans[r, 1])
+        if high <= low:
+            low = high = 0
+        spans[r, 0], spans[r, 1] = low, high
+        n_inside += high - low
+    return n_inside
 
 
 @njit(cache=True, nogil=True)
@@ -244,55 +303,62 @@ def _fill_block(
 
 
 @njit(cache=True, nogil=True)
-def fill_resliced(
+def fill_unmoved(
     out: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    spans: NDArray[np.int64],
+    volume: NDArray[np.float32],
+) -> None:
+    """Voxels of a (nz, ny, nx) volume at rows of its own grid; 0 outside a row's span."""
+    for r in range(rows.shape[0]):
+        y, z, x, n, at = rows[r]
+        low, high = spans[r]
+        row = out[at : at + n]
+        row[:low] = 0
+        row[high:] = 0
+        if high > low:
+            row[low:high] = volume[z, y, x + low : x + high]
+
+
+@njit(cache=True, nogil=True)
+def fill_directly(
+    out: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    spans: NDArray[np.int64],
     coefficients: NDArray[np.float32],
-    degree: int,
-    slots: tuple[int, int],
+    spline: tuple[int, int, int],
     moving_voxel_from_voxel: NDArray[np.float64],
-    moving_shape: tuple[int, int, int],
-    outside: np.float32,
-) -> int:
-    """A moving volume on the reference's grid.
+) -> None:
+    """B-spline values at rows of voxels, by the sum over all taps; 0 outside a row's span.
 
     Parameters
     ----------
-    out : (nz, ny, nx) float32
+    out : (n,) float32
         Filled.
-    coefficients, degree, slots
+    rows, spans
+        As in `narrow_spans`.
+    coefficients : padded float32
         As in `fill_row`.
+    spline : (degree, first, number)
+        Degree and tap slots.
     moving_voxel_from_voxel : (4, 4) float64
-        Voxel (x, y, z) of the output grid -> voxel of the moving volume.
-    moving_shape : (nx, ny, nz)
-        Of the moving volume.
-    outside : float32
-        Value of voxels whose source lies outside the field of view.
-
-    Returns
-    -------
-    n_inside : int
-        Number of voxels whose source lies inside.
+        As in `narrow_spans`.
     """
-    nz, ny, nx = out.shape
-    m = moving_voxel_from_voxel
     work = new_work()
+    degree, slots = spline[0], (spline[1], spline[2])
     start, step = np.empty(3), np.empty(3)
-    step[:] = m[:3, 0]
-    n_inside = 0
-    for k in range(nz):
-        for j in range(ny):
-            row = out[k, j]
+    for r in range(rows.shape[0]):
+        y, z, x, n, at = rows[r]
+        low, high = spans[r]
+        row = out[at : at + n]
+        row[:low] = 0
+        row[high:] = 0
+        if high > low:
+            first, change = _line(moving_voxel_from_voxel, x, y, z)
             for axis in range(3):
-                start[axis] = m[axis, 3] + j * m[axis, 1] + k * m[axis, 2]
-            low, high = inside_span(start, step, nx, moving_shape)
-            row[:low] = outside
-            row[high:] = outside
-            if high > low:
-                for axis in range(3):
-                    start[axis] += low * step[axis]
-                fill_row(row[low:high], coefficients, degree, slots, start, step, work)
-                n_inside += high - low
-    return n_inside
+                start[axis] = first[axis] + low * change[axis]
+                step[axis] = change[axis]
+            fill_row(row[low:high], coefficients, degree, slots, start, step, work)
 
 
 @njit(cache=True, nogil=True)
@@ -301,14 +367,11 @@ def clear_outside(
     moving_voxel_from_voxel: NDArray[np.float64],
     moving_shape: tuple[int, int, int],
 ) -> None:
-    """Take out of a (nz, ny, nx) mask, in place, what `fill_resliced` would leave outside."""
+    """Take out of a (nz, ny, nx) mask, in place, the voxels without a source in the field."""
     nz, ny, nx = mask.shape
-    m = moving_voxel_from_voxel
-    start, step = np.empty(3), m[:3, 0].copy()
     for k in range(nz):
         for j in range(ny):
-            for axis in range(3):
-                start[axis] = m[axis, 3] + j * m[axis, 1] + k * m[axis, 2]
+            start, step = _line(moving_voxel_from_voxel, 0, j, k)
             low, high = inside_span(start, step, nx, moving_shape)
             mask[k, j, :low] = False
             mask[k, j, high:] = False

@@ -6,12 +6,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from keepstill.kernels.sampling import fill_row, inside_span, new_work
-
 # Columns of the Jacobian: shifts x, y, z (mm), rotations x, y, z (rad), relative intensity.
 N_COLUMNS = 7
-# Points of a row are padded to a multiple of this; the sums run in as many lanes.
-SUM_LANES = 8
+# Point i is added to lane i % 128 of a sum: the order is fixed, and lanes do not wait for one
+# another.
+SUM_LANES = 128
 
 
 class Points(NamedTuple):
@@ -21,7 +20,7 @@ class Points(NamedTuple):
     ----------
     rows : (n_rows, 5) int64
         y, z and first x of each row of points, their number, and where they begin in the
-        arrays below. Rows are padded with zero weight to a multiple of `SUM_LANES`.
+        arrays below, one row after the other.
     values : (n,) float32
         The reference's intensity.
     jacobian : (7, n) float32
@@ -34,26 +33,6 @@ class Points(NamedTuple):
     values: NDArray[np.float32]
     jacobian: NDArray[np.float32]
     test_jacobian: NDArray[np.float32]
-
-
-class Moving(NamedTuple):
-    """A moving volume, ready to be sampled.
-
-    Attributes
-    ----------
-    coefficients : padded float32
-        From `fill_coefficients`.
-    shape : (nx, ny, nz)
-    degree : int
-        1 to 5.
-    slots : (first, number)
-        From `tap_slots`.
-    """
-
-    coefficients: NDArray[np.float32]
-    shape: tuple[int, int, int]
-    degree: int
-    slots: tuple[int, int]
 
 
 @njit(cache=True, nogil=True)
@@ -71,15 +50,17 @@ def normal_matrix(points: Points) -> NDArray[np.float64]:
 
 @njit(cache=True, nogil=True)
 def step_sums(
-    points: Points, moving: Moving, voxel_from_point: NDArray[np.float64], scale: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float, int]:
+    points: Points, values: NDArray[np.float32], spans: NDArray[np.int64], scale: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
     """What one Gauss-Newton step needs, over the points inside the moving field of view.
 
     Parameters
     ----------
-    points, moving
-    voxel_from_point : (4, 4) float64
-        Voxel (x, y, z) of the reference -> voxel of the moving volume.
+    points : Points
+    values : (n,) float32
+        Of the moving volume at the points; residuals afterwards, 0 outside.
+    spans : (n_rows, 2) int64
+        First and one past the last point of each row that lies inside.
     scale : float
         Factor that brings the moving volume's intensity to the reference's.
 
@@ -92,37 +73,23 @@ def step_sums(
         matrix.
     squares : float
         Sum of squared residuals.
-    n_inside : int
     """
-    m = voxel_from_point
-    work = new_work()
-    longest = 0
-    for r in range(points.rows.shape[0]):
-        longest = max(longest, points.rows[r, 3])
-    residual = np.zeros(longest + SUM_LANES, np.float32)
-    lanes = np.zeros((N_COLUMNS + 1, SUM_LANES))
     outside = np.zeros((N_COLUMNS, N_COLUMNS))
-    start, step = np.empty(3), m[:3, 0].copy()
-    n_inside = 0
+    factor = np.float32(scale)
     for r in range(points.rows.shape[0]):
-        y, z, x, n, first = points.rows[r]
-        for axis in range(3):
-            start[axis] = m[axis, 3] + x * m[axis, 0] + y * m[axis, 1] + z * m[axis, 2]
-        low, high = inside_span(start, step, n, moving.shape)
-        _add_outer(outside, points, first, first + low)
-        _add_outer(outside, points, first + high, first + n)
-        if high == low:
-            continue
-        n_inside += high - low
-        residual[:] = 0
-        for axis in range(3):
-            start[axis] += low * step[axis]
-        inner = residual[low:high]
-        fill_row(inner, moving.coefficients, moving.degree, moving.slots, start, step, work)
-        for i in range(low, high):
-            residual[i] = np.float32(scale) * residual[i] - points.values[first + i]
-        _add_lanes(lanes, residual, points.test_jacobian, first, n)
-    return _lane_totals(lanes, N_COLUMNS), outside, _lane_totals(lanes, N_COLUMNS + 1)[-1], n_inside
+        n, first = points.rows[r, 3], points.rows[r, 4]
+        low, high = first + spans[r, 0], first + spans[r, 1]
+        _add_outer(outside, points, first, low)
+        _add_outer(outside, points, high, first + n)
+        values[first:low] = 0
+        values[high : first + n] = 0
+        row, reference_row = values[low:high], points.values[low:high]
+        for i in range(row.size):
+            row[i] = factor * row[i] - reference_row[i]
+    lanes = np.zeros((N_COLUMNS + 1) * SUM_LANES)
+    _add_lanes(lanes, values, points.test_jacobian)
+    totals = _lane_totals(lanes)
+    return totals[:N_COLUMNS], outside, totals[N_COLUMNS]
 
 
 @njit(cache=True, nogil=True)
@@ -137,29 +104,32 @@ def _add_outer(out: NDArray[np.float64], points: Points, low: int, high: int) ->
 
 @njit(cache=True, nogil=True)
 def _add_lanes(
-    lanes: NDArray[np.float64],
-    residual: NDArray[np.float32],
-    jacobian: NDArray[np.float32],
-    first: int,
-    n: int,
+    lanes: NDArray[np.float64], residuals: NDArray[np.float32], jacobian: NDArray[np.float32]
 ) -> None:
-    """Add one row: point i goes to lane i % 8, so that the order of the sums is fixed."""
-    for b in range(0, n, SUM_LANES):
-        r = residual[b:][:SUM_LANES]
+    """Add products of residuals with the seven columns, then with themselves, lane by lane.
+
+    Indices are unsigned: a signed one may be negative and would have to be tested in each lane.
+    """
+    n = residuals.size
+    columns = jacobian.reshape(-1)
+    for first in range(0, n, SUM_LANES):
+        at = np.uint64(first)
+        n_lanes = min(SUM_LANES, n - first)
         for a in range(N_COLUMNS):
-            column = jacobian[a][first + b :][:SUM_LANES]
-            sums = lanes[a]
-            for k in range(SUM_LANES):
-                sums[k] += np.float64(r[k]) * np.float64(column[k])
-        squares = lanes[N_COLUMNS]
-        for k in range(SUM_LANES):
-            squares[k] += np.float64(r[k]) * np.float64(r[k])
+            column, total = np.uint64(a * n + first), np.uint64(a * SUM_LANES)
+            for lane in range(n_lanes):
+                k = np.uint64(lane)
+                lanes[total + k] += np.float64(residuals[at + k]) * np.float64(columns[column + k])
+        total = np.uint64(N_COLUMNS * SUM_LANES)
+        for lane in range(n_lanes):
+            k = np.uint64(lane)
+            lanes[total + k] += np.float64(residuals[at + k]) * np.float64(residuals[at + k])
 
 
 @njit(cache=True, nogil=True)
-def _lane_totals(lanes: NDArray[np.float64], n: int) -> NDArray[np.float64]:
-    out = np.zeros(n)
-    for a in range(n):
+def _lane_totals(lanes: NDArray[np.float64]) -> NDArray[np.float64]:
+    out = np.zeros(N_COLUMNS + 1)
+    for a in range(out.size):
         for k in range(SUM_LANES):
-            out[a] += lanes[a, k]
+            out[a] += lanes[a * SUM_LANES + k]
     return out

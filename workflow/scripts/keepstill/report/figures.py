@@ -100,12 +100,15 @@ def motion_svg(record: RunRecord, confounds: Confounds) -> str:
     record : RunRecord
         Gives the title, the thresholds, and the repetition time of the time axis.
     confounds : Confounds
-        With the columns `MOTION_COLUMNS`; nothing is drawn at a failed volume.
+        With the columns `MOTION_COLUMNS`; nothing is drawn at a failed volume, nor what the
+        brightness of the first volumes does to DVARS.
     """
     shown = {
         name: np.where(confounds.status == "failed", np.nan, confounds.columns[name])
         for name in MOTION_COLUMNS
     }
+    n_first = len(confounds.non_steady)
+    shown["std_dvars"][: n_first + 1 if n_first else 0] = np.nan
     with matplotlib.style.context(STYLE, after_reset=True):
         figure = Figure(figsize=(10, 9.2))
         axes = figure.subplots(4, 1, sharex=True)
@@ -119,7 +122,7 @@ def motion_svg(record: RunRecord, confounds: Confounds) -> str:
         _finish_volume_axis(axes, len(confounds.status), record.summary["tr_s"])
         figure.align_ylabels(axes)
         _draw_heading(figure, record.run, confounds)
-        return _to_svg(figure, record.run)
+        return to_svg(figure, record.run)
 
 
 def _panels(record: RunRecord, shown: dict[str, NDArray[np.float64]]) -> tuple[Panel, Panel]:
@@ -208,13 +211,13 @@ def _say_if_empty(ax: Axes, values: NDArray[np.float64]) -> None:
 
 
 def _mark_status(axes: Sequence[Axes], confounds: Confounds) -> None:
-    """Band and cross for each failed volume, dotted line for the reference, in every panel."""
+    """Bands, a cross for each failed volume, dotted line for the reference, in every panel."""
     failed = confounds.failed
+    bands = ((confounds.non_steady, GRID), (failed, FAILED_BAND))
     for ax in axes:
-        for first, last in consecutive(failed):
-            ax.axvspan(
-                first - 0.5, last + 0.5, facecolor=FAILED_BAND, edgecolor=FAILED_BAND, zorder=0.6
-            )
+        for volumes, color in bands:
+            for first, last in consecutive(volumes):
+                ax.axvspan(first - 0.5, last + 0.5, facecolor=color, edgecolor=color, zorder=0.6)
         ax.plot(
             failed,
             np.full(len(failed), 0.955),
@@ -265,14 +268,17 @@ def _draw_heading(figure: Figure, run: str, confounds: Confounds) -> None:
     for volume in np.flatnonzero(confounds.status == "reference"):
         label = f"reference: volume {volume}"
         handles.append(Line2D([], [], color=MUTED, linestyle=(0, (1, 2)), label=label))
+    if len(confounds.non_steady):
+        label = f"before the steady state: {len(confounds.non_steady)}"
+        handles.append(Patch(facecolor=GRID, label=label))
     if len(confounds.failed):
         label = f"× failed volumes: {len(confounds.failed)}"
         handles.append(Patch(facecolor=FAILED_BAND, label=label))
     if handles:
-        figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(0.985, 0.008), ncols=2)
+        figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(0.985, 0.008), ncols=3)
 
 
-def _to_svg(figure: Figure, title: str) -> str:
+def to_svg(figure: Figure, title: str) -> str:
     """Make SVG with coordinates to 0.01 pt, not indented, and colours for dark screens."""
     stream = io.StringIO()
     metadata = {"Title": title, "Date": None, "Creator": None, "Format": None, "Type": None}

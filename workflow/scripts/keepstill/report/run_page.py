@@ -25,32 +25,40 @@ ERROR_COLUMN = "expected_error_mm"
 
 
 def write_run_page(manifest: Path, output_dir: Path) -> None:
-    """Write ``figures/<run>.svg`` and ``pages/<run>.html`` below `output_dir`.
+    """Write ``pages/<run>.html`` below `output_dir`, and its pictures in ``figures``.
 
     Raises
     ------
     InputError
         If the manifest, or the table of confounds that it names, cannot be read.
     """
-    from keepstill.report.figures import motion_svg  # matplotlib: 0.5 s, needed only here
+    # matplotlib: 0.5 s, needed only here
+    from keepstill.report.figures import motion_svg
+    from keepstill.report.slices import find_images, slices_svg
 
     record = read_run(manifest)
     confounds = read_confounds(
         output_dir / record.confounds, MOTION_COLUMNS + FIT_COLUMNS, (ERROR_COLUMN,)
     )
+    images = find_images(output_dir, record.outputs)
     page = render(
         "run.html.j2",
         record=record,
         alternative=describe(record, confounds),
+        has_slices=bool(images),
         figures=_summary_figures(record, confounds),
         failures=_failures(record, confounds),
         failed_volumes=name_volumes(confounds.failed),
-        outlier_volumes=name_volumes(_outliers(record, confounds)),
+        outlier_volumes=name_volumes(confounds.outliers),
+        non_steady_volumes=name_volumes(confounds.non_steady),
         settings=flatten(record.settings),
         defaults=flatten(asdict(RealignSettings())),
         manifest_name=manifest.name,
     )
-    put_text(output_dir / "figures" / f"{record.run}.svg", motion_svg(record, confounds))
+    figures = output_dir / "figures"
+    put_text(figures / f"{record.run}.svg", motion_svg(record, confounds))
+    if images:
+        put_text(figures / f"{record.run}_slices.svg", slices_svg(record.run, images))
     put_text(output_dir / "pages" / f"{record.run}.html", page)
 
 
@@ -71,14 +79,6 @@ def describe(record: RunRecord, confounds: Confounds) -> str:
         f"largest {number(summary['max_fd_mm'], 3)} mm; {summary['n_outliers']} outlier volumes; "
         f"failed volumes: {name_volumes(confounds.failed) or 'none'}."
     )
-
-
-def _outliers(record: RunRecord, confounds: Confounds) -> NDArray[np.intp]:
-    columns, settings = confounds.columns, record.settings
-    above = (columns["framewise_displacement"] > settings["fd_outlier_mm"]) | (
-        columns["std_dvars"] > settings["std_dvars_outlier"]
-    )
-    return np.flatnonzero(above & (confounds.status != "failed"))
 
 
 def _failures(record: RunRecord, confounds: Confounds) -> list[tuple[str, ...]]:
@@ -114,13 +114,18 @@ def _summary_figures(record: RunRecord, confounds: Confounds) -> list[tuple[str,
         ("Outlier volumes", str(outliers), f"({number(100 * outliers / n_volumes, 1)} %)"),
         ("Failed volumes", str(failed), f"({number(100 * failed / n_volumes, 1)} %)"),
         ("Mean expected error", number(finite_mean(columns[ERROR_COLUMN][good]), 4), "mm"),
-        ("Mean standardised DVARS", number(finite_mean(columns["std_dvars"][good]), 3), ""),
+        ("Mean standardised DVARS", number(summary.get("mean_std_dvars"), 3), ""),
+        ("Brain in every volume", number(_percent(summary.get("brain_coverage")), 1), "%"),
         (
             "Temporal SNR before → after",
             f"{number(summary['tsnr_before'], 1)} → {number(summary['tsnr_after'], 1)}",
             "",
         ),
     ]
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
 
 
 def _largest(columns: dict[str, NDArray[np.float64]], kind: str, good: NDArray[np.bool_]) -> float:

@@ -16,6 +16,7 @@ MOTION_COLUMNS = (
     *("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z"),
     *("framewise_displacement", "std_dvars"),
 )
+NON_STEADY, OUTLIER = "non_steady_state_outlier", "motion_outlier"
 SETTINGS_SHOWN = ("fd_radius_mm", "fd_outlier_mm", "std_dvars_outlier")
 SUMMARY_SHOWN = (
     *("n_volumes", "tr_s", "n_outliers", "n_failed"),
@@ -74,15 +75,25 @@ class Confounds:
         Column name -> values in the units of the table; NaN where the table says ``n/a``.
     status : (n,) str
         ``ok``, ``reference`` or ``failed``.
+    non_steady, flagged : ascending numbers of volumes
+        Those before the steady state; those to leave out because of motion, failed ones among
+        them.
     """
 
     columns: dict[str, NDArray[np.float64]]
     status: NDArray[np.str_]
+    non_steady: NDArray[np.intp]
+    flagged: NDArray[np.intp]
 
     @property
     def failed(self) -> NDArray[np.intp]:
         """Numbers of the failed volumes, from 0, ascending."""
         return np.flatnonzero(self.status == "failed")
+
+    @property
+    def outliers(self) -> NDArray[np.intp]:
+        """Numbers of the volumes that are flagged and have not failed."""
+        return np.setdiff1d(self.flagged, self.failed)
 
 
 def read_run(manifest: Path) -> RunRecord:
@@ -136,19 +147,21 @@ def read_confounds(path: Path, names: Iterable[str], optional: Iterable[str] = (
     header = lines[0].split("\t") if lines else []
     rows = [line.split("\t") for line in lines[1:]]
     try:
-        status = np.array([row[header.index("status")] for row in rows], dtype=np.str_)
         columns = {name: _numbers(rows, header.index(name)) for name in names}
+        missing = np.full(len(rows), np.nan)
         for name in optional:
-            present = name in header
-            columns[name] = (
-                _numbers(rows, header.index(name)) if present else np.full(len(rows), np.nan)
-            )
+            columns[name] = _numbers(rows, header.index(name)) if name in header else missing
+        return Confounds(
+            columns=columns,
+            status=np.array([row[header.index("status")] for row in rows], dtype=np.str_),
+            non_steady=_spikes(header, rows, NON_STEADY),
+            flagged=_spikes(header, rows, OUTLIER),
+        )
     except (ValueError, IndexError) as error:
         raise InputError(
             f"{path.name}: {len(header)} columns, {len(rows)} rows, unreadable ({error}); "
             "realign the run again"
         ) from error
-    return Confounds(columns=columns, status=status)
 
 
 def consecutive(volumes: NDArray[np.intp]) -> list[tuple[int, int]]:
@@ -185,3 +198,10 @@ def _numbers(rows: list[list[str]], column: int) -> NDArray[np.float64]:
     return np.array(
         [np.nan if row[column] == "n/a" else float(row[column]) for row in rows], dtype=np.float64
     )
+
+
+def _spikes(header: list[str], rows: list[list[str]], prefix: str) -> NDArray[np.intp]:
+    """Numbers of the volumes that columns of 0 and 1 stand for."""
+    places = [place for place, name in enumerate(header) if name.startswith(prefix)]
+    volumes = (t for t, row in enumerate(rows) if any(row[place] == "1" for place in places))
+    return np.array(list(volumes), dtype=np.intp)

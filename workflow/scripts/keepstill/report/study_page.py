@@ -15,7 +15,6 @@ from keepstill.report.render import render
 from keepstill.report.run_record import (
     Confounds,
     RunRecord,
-    finite_mean,
     flatten,
     read_confounds,
     read_run,
@@ -33,13 +32,13 @@ class StudyRow:
     Attributes
     ----------
     record : RunRecord
-    mean_std_dvars : float
+    mean_std_dvars : float or None
     displacement, failures : str
         SVG path data of the sparkline: framewise displacement, and ticks at failed volumes.
     """
 
     record: RunRecord
-    mean_std_dvars: float
+    mean_std_dvars: float | None
     displacement: str
     failures: str
 
@@ -67,13 +66,10 @@ def write_study_page(output_dir: Path) -> None:
 
 def _study_row(manifest: Path, output_dir: Path) -> StudyRow:
     record = read_run(manifest)
-    confounds = read_confounds(
-        output_dir / record.confounds, ("framewise_displacement", "std_dvars")
-    )
-    good = confounds.status != "failed"
+    confounds = read_confounds(output_dir / record.confounds, ("framewise_displacement",))
     return StudyRow(
         record=record,
-        mean_std_dvars=finite_mean(confounds.columns["std_dvars"][good]),
+        mean_std_dvars=record.summary.get("mean_std_dvars"),
         displacement=sparkline(_in_thresholds(record, confounds)),
         failures=_failure_ticks(confounds),
     )

@@ -1,0 +1,98 @@
+"""docs/inputs.md says what happens to each kind of input, with the message as it is printed.
+
+`KEEPSTILL_WRITE_DOCS=1 pytest tests/engine/test_inputs_doc.py` writes the page anew.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import inputs
+from keepstill.errors import KeepstillError
+from keepstill.settings import RealignSettings
+from keepstill.stage import STAGED, stage_run
+
+PAGE = Path(__file__).parents[2] / "docs" / "inputs.md"
+HEAD = """\
+# What happens to each kind of input
+
+Every row was made and staged to write this page; a test does it again and compares. A refused run
+is one line on the terminal and in its log, exit status 2, nothing under a final name, and no harm
+to the other runs of the study. A warning goes to the log, the run's manifest and its page.
+
+| input | what happens | message |
+|---|---|---|
+"""
+
+
+ROWS = (
+    (
+        "4-D NIfTI-1 or -2, .nii or .nii.gz, 8 to 64 bits, any byte order, slope, intercept",
+        inputs.good,
+    ),
+    ("truncated gzip stream", inputs.truncated),
+    ("gzip checksum wrong", inputs.bad_crc),
+    ("text under the name .nii.gz", inputs.text),
+    ("text under the name .nii", inputs.plain_text),
+    ("empty file", inputs.empty),
+    ("file that is not there", inputs.missing),
+    ("annexed file that was not fetched", inputs.broken_link),
+    ("header that claims terabytes", inputs.terabytes),
+    ("more voxels than the header says", inputs.longer_than_its_header),
+    ("complex numbers", inputs.complex_numbers),
+    ("one 3-D volume", inputs.one_3d_volume),
+    ("one slice, without `in_plane`", inputs.one_slice),
+    ("all zero", inputs.zeros),
+    ("all NaN", inputs.not_numbers),
+    ("all volumes identical", inputs.identical),
+    ("sform and qform apart, without `affine_source`", inputs.position_apart),
+    ("sheared affine", inputs.sheared),
+    ("singular affine", inputs.singular),
+    ("no unit of length", inputs.no_unit),
+    ("lengths in micron", inputs.micron),
+    ("1 mm voxels, no units", inputs.lost_geometry),
+    ("no sidecar", lambda tmp_path: inputs.repetition_time(tmp_path, 2)),
+    (
+        "no sidecar, header in ms that says s",
+        lambda tmp_path: inputs.repetition_time(tmp_path, 2000),
+    ),
+    ("no repetition time anywhere", lambda tmp_path: inputs.repetition_time(tmp_path, 0)),
+    (
+        "sidecar and header disagree",
+        lambda tmp_path: inputs.repetition_time(tmp_path, 1.79, {"RepetitionTime": 2.0}),
+    ),
+    (
+        "sidecar with a repetition time that is none",
+        lambda tmp_path: inputs.repetition_time(tmp_path, 2, {"RepetitionTime": "2 s"}),
+    ),
+    ("sidecar that is no JSON", inputs.broken_sidecar),
+)
+# What shows later than staging, or needs no message; tests in tests/engine/test_borders.py.
+ALSO = (
+    ("NaN or Inf in some voxels", "warned: filled for interpolation, kept out of the figures"),
+    ("one volume all zero or NaN", "that volume is marked `failed` and listed; the run is done"),
+    ("first volumes brighter than the rest", "flagged, and never the reference (`dummy_scans`)"),
+    ("no volume can be realigned", "refused"),
+)
+
+
+def row(kind, make, tmp_path):
+    tmp_path.mkdir()
+    try:
+        stage_run(make(tmp_path), "sub-01_task-rest", None, tmp_path / "stage", RealignSettings())
+    except KeepstillError as error:
+        happens, said = "refused", [str(error)]
+    else:
+        said = json.loads((tmp_path / "stage" / STAGED).read_text())["warnings"]
+        happens = "warned" if said else "works"
+    message = " ".join(said).replace(str(tmp_path), "…").replace("|", "\\|")
+    return f"| {kind} | {happens} | {f'`{message}`' if message else ''} |\n"
+
+
+def test_the_page_says_what_happens(tmp_path):
+    rows = [row(kind, make, tmp_path / str(i)) for i, (kind, make) in enumerate(ROWS)]
+    rows += [f"| {kind} | {happens} | |\n" for kind, happens in ALSO]
+    page = HEAD + "".join(rows)
+    if os.environ.get("KEEPSTILL_WRITE_DOCS"):
+        PAGE.write_text(page)
+    assert PAGE.read_text() == page

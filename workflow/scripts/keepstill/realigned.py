@@ -1,0 +1,126 @@
+"""A realigned run as the ranks left it, and the names of the files that are made of it."""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepstill.bids import derivative_folder, derivative_name
+from keepstill.read import StagedRun, open_staged
+from keepstill.settings import RealignSettings
+from keepstill.stage import MOTION
+
+# Each output's ending, and its entities in the order of the name. The realigned run has the desc
+# that the settings give it; the others keep theirs, which fMRIPrep looks for.
+OUTPUTS: dict[str, tuple[str, dict[str, str]]] = {
+    "bold": ("bold.nii.gz", {}),
+    "boldref": ("boldref.nii.gz", {"desc": "hmc"}),
+    "brain": ("mask.nii.gz", {"desc": "brain"}),
+    "coverage": ("mask.nii.gz", {"desc": "coverage"}),
+    "tsnr_before": ("boldmap.nii.gz", {"stat": "tsnr", "desc": "raw"}),
+    "tsnr_after": ("boldmap.nii.gz", {"stat": "tsnr", "desc": "hmc"}),
+    "transforms": (
+        "xfm.txt",
+        {"from": "orig", "to": "boldref", "mode": "image", "desc": "hmc"},
+    ),
+    "confounds": ("timeseries.tsv", {"desc": "confounds"}),
+}
+
+
+@dataclass(frozen=True)
+class Realigned:
+    """A realigned run, ready to be written.
+
+    Attributes
+    ----------
+    run : StagedRun
+    settings : RealignSettings
+    moving_from_reference : (n, 4, 4) float64
+    per_volume : dict of str to (n,) arrays
+        ``status``, ``iterations``, ``cost``, ``overlap``, ``scale``.
+    reference : (nz, ny, nx) float32
+    affine : (4, 4) float64
+        World mm from voxel of the reference.
+    series : (n, nz, ny, nx) float32 or None
+        The realigned volumes, mapped; None where only transforms are wanted.
+    missing : (nz, ny, nx) bool or None
+        Voxels of the run's grid that are no number in some volume.
+    warnings : tuple of str
+    """
+
+    run: StagedRun
+    settings: RealignSettings
+    moving_from_reference: NDArray[np.float64]
+    per_volume: dict[str, NDArray[Any]]
+    reference: NDArray[np.float32]
+    affine: NDArray[np.float64]
+    series: NDArray[np.float32] | None
+    missing: NDArray[np.bool_] | None
+    warnings: tuple[str, ...]
+
+    @property
+    def failed(self) -> NDArray[np.bool_]:
+        """Volumes that could not be realigned, (n,)."""
+        return np.asarray(self.per_volume["status"] == "failed")
+
+    @property
+    def non_steady(self) -> NDArray[np.bool_]:
+        """Volumes before the magnetisation was steady, (n,)."""
+        return np.arange(self.run.n_volumes) < self.run.n_dummy
+
+    @property
+    def is_on_own_grid(self) -> bool:
+        """Whether the reference has the grid of the run."""
+        shape = self.run.layout.shape[:3]
+        return self.reference.shape[::-1] == shape and np.array_equal(
+            self.affine, self.run.layout.affine
+        )
+
+    def name(self, output: str) -> str:
+        """File name of one of the `OUTPUTS`."""
+        ending, entities = OUTPUTS[output]
+        return derivative_name(
+            self.run.run, ending, entities or {"desc": self.settings.output_desc}
+        )
+
+    def uri(self, output: str) -> str:
+        """BIDS URI of an output, by its place in the derivative data set.
+
+        A run of a data set that is written to a plain folder has the same URI, so that its
+        sidecars are the same; a run outside any data set has a file name instead.
+        """
+        folder = PurePosixPath(self.run.found["folder"])
+        if self.run.found["bids_dir"] and not folder.name:
+            folder = derivative_folder(self.run.run)
+        name = self.name(output)
+        return f"bids::{(folder / name).as_posix()}" if folder.name else name
+
+
+def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
+    """What the ranks left in a stage directory."""
+    run = open_staged(stage_dir)
+    with np.load(stage_dir / MOTION) as saved:
+        arrays = {name: saved[name] for name in saved.files}
+    reference = arrays.pop("reference")
+    shape = (run.n_volumes, *reference.shape)
+    series = np.memmap(run.realigned_path, np.float32, "r", 0, shape) if settings.reslice else None
+    missing, n_missing = arrays.pop("missing"), int(arrays.pop("n_missing"))
+    warnings = list(run.found["warnings"])
+    if n_missing:
+        warnings.append(
+            f"{run.run}: {n_missing} values, in {int(missing.sum())} voxels, are no numbers; they "
+            "were filled from their neighbours and are left out of the figures"
+        )
+    return Realigned(
+        run=run,
+        settings=settings,
+        moving_from_reference=arrays.pop("moving_from_reference"),
+        affine=arrays.pop("affine"),
+        per_volume=arrays,
+        reference=reference,
+        series=series,
+        missing=missing if n_missing else None,
+        warnings=tuple(warnings),
+    )

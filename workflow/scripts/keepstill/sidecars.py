@@ -1,0 +1,182 @@
+"""What stands beside the files: a JSON for each, and the description of the data set."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keepstill import __version__
+from keepstill.bids import bids_uri
+from keepstill.confounds import describe_columns
+from keepstill.manifest import REFERENCES, portable_settings
+from keepstill.realigned import Realigned
+
+CODE_URL = "https://github.com/keepstill/keepstill"
+BIDSIGNORE = (
+    "*.html",
+    "pages",
+    "logs",
+    "figures",
+    "manifests",
+    "*_xfm.*",
+    "*_boldref.*",
+    "*_timeseries.*",
+    "*_boldmap.*",
+)
+README = """\
+BOLD runs, realigned by keepstill. Beside each run:
+
+- `*_bold.nii.gz`: every volume in the pose of the reference, interpolated once
+- `*_desc-hmc_boldref.nii.gz`: the reference
+- `*_desc-brain_mask.nii.gz`, `*_desc-coverage_mask.nii.gz`: the brain; where all volumes have data
+- `*_stat-tsnr_desc-raw_boldmap.nii.gz`, `*_stat-tsnr_desc-hmc_boldmap.nii.gz`: temporal
+  signal-to-noise ratio before and after
+- `*_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt`: a rigid transform a volume
+- `*_desc-confounds_timeseries.tsv`: motion and what follows from it, a row a volume
+
+The JSON beside a file says how it was made. `index.html` shows all runs; `manifests` holds the
+hash of every file; times, hosts and paths are in `logs` alone.
+"""
+# Fields of the raw sidecar that are not true of a realigned run, or are ours to say.
+_NOT_CARRIED_OVER = ("Description", "Sources", "RawSources", "SkullStripped", "SpatialReference")
+_TEXTS = {
+    "bold": "The run with every volume in the pose and on the grid of the reference, interpolated "
+    "once by a B-spline; 0 where a volume has no data",
+    "boldref": "The volume that the run was realigned to",
+    "brain": "Brain, found in the reference by brightness and shape",
+    "coverage": "Voxels that lie in the field of view of every volume that could be realigned",
+    "tsnr_before": "Temporal signal-to-noise ratio of the run as it came",
+    "tsnr_after": "Temporal signal-to-noise ratio of the realigned run, in the coverage mask",
+    "transforms": "Rigid motion of every volume",
+    "confounds": "Motion and what follows from it, a row a volume",
+}
+_TSNR_TEXT = (
+    ": mean over standard deviation about a straight line over time, without failed volumes and "
+    "those before the steady state"
+)
+_SOURCES = {
+    "bold": ("raw", "transforms"),
+    "boldref": ("raw",),
+    "brain": ("boldref",),
+    "coverage": ("transforms",),
+    "tsnr_before": ("raw",),
+    "tsnr_after": ("bold", "coverage"),
+    "transforms": ("raw", "boldref"),
+    "confounds": ("transforms", "boldref", "bold", "brain", "coverage"),
+}
+
+
+def dataset_description(output_dir: Path, bids_dir: str | None) -> dict[str, Any]:
+    """Content of the derivative data set's description; links are relative to `output_dir`."""
+    description: dict[str, Any] = {
+        "Name": "keepstill: realigned BOLD runs",
+        "BIDSVersion": "1.11.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "keepstill", "Version": __version__, "CodeURL": CODE_URL}],
+    }
+    if bids_dir:
+        raw = Path(os.path.relpath(bids_dir, output_dir.absolute())).as_posix()
+        description["DatasetLinks"] = {"raw": raw}
+        description["SourceDatasets"] = [{"URL": raw}]
+    return description
+
+
+def sidecar(result: Realigned, output: str, columns: Iterable[str] = ()) -> dict[str, Any]:
+    """Content of the JSON beside an output.
+
+    Parameters
+    ----------
+    result : Realigned
+    output : str
+        One of `OUTPUTS`.
+    columns : iterable of str
+        Of the table, for ``confounds``.
+    """
+    fields = _FIELDS[output](result) if output in _FIELDS else describe_columns(result, columns)
+    return _provenance(result, output) | fields
+
+
+def _provenance(result: Realigned, output: str) -> dict[str, Any]:
+    """What made the file: sources, and every setting that entered the run's key."""
+    text = _TEXTS[output] + (_TSNR_TEXT if output.startswith("tsnr") else "")
+    reference = Path(result.settings.reference).name
+    return {
+        "Description": text,
+        "Sources": _sources(result, output),
+        "KeepstillVersion": __version__,
+        "KeepstillSettings": asdict(result.settings) | {"reference": reference},
+        "Reference": _reference(result),
+    }
+
+
+def _sources(result: Realigned, output: str) -> list[str]:
+    found, settings = result.run.found, result.settings
+    uris = []
+    for source in _SOURCES[output]:
+        if source == "bold" and result.series is None:
+            continue
+        uris.append(found["source_uri"] if source == "raw" else result.uri(source))
+    if output == "boldref" and settings.reference not in REFERENCES:
+        file, bids_dir = Path(os.path.abspath(settings.reference)), found["bids_dir"]
+        is_raw = bool(bids_dir) and file.is_relative_to(bids_dir)
+        return [bids_uri(file, Path(bids_dir)) if is_raw else file.name]
+    return uris
+
+
+def _reference(result: Realigned) -> str:
+    """Which image the run was realigned to."""
+    settings = result.settings
+    if settings.reference not in REFERENCES:
+        content = portable_settings(settings)["reference"]
+        return f"{Path(settings.reference).name} ({content})"
+    volumes = np.flatnonzero(result.per_volume["status"] == "reference")
+    return f"volume {volumes[0]}" if volumes.size else "mean of the realigned volumes"
+
+
+def _in_space(result: Realigned) -> dict[str, Any]:
+    return {"SpatialReference": result.uri("boldref")}
+
+
+def _bold_fields(result: Realigned) -> dict[str, Any]:
+    """Fields of the raw run that stay true, and ours."""
+    metadata = result.run.found["metadata"]
+    carried = {name: value for name, value in metadata.items() if name not in _NOT_CARRIED_OVER}
+    tasks = [part[5:] for part in result.run.run.split("_") if part.startswith("task-")]
+    if tasks:
+        carried.setdefault("TaskName", tasks[0])
+    ours: dict[str, Any] = {"SkullStripped": False, "OutsideFieldOfView": 0}
+    if result.run.found["tr_s"] is not None:
+        ours["RepetitionTime"] = result.run.found["tr_s"]
+    if result.run.n_dummy:
+        ours["NumberOfVolumesNotSteady"] = result.run.n_dummy
+    return carried | _in_space(result) | ours
+
+
+def _map_fields(result: Realigned) -> dict[str, Any]:
+    left_out = np.flatnonzero(result.failed | result.non_steady)
+    return {"SkullStripped": False, "Units": "1", "VolumesLeftOut": left_out.tolist()}
+
+
+def _transforms_fields(result: Realigned) -> dict[str, Any]:
+    return {
+        "Format": "ITK text, one affine transform a volume, in the order of the volumes",
+        "Direction": "a point of the reference -> the point of the volume (pull)",
+        "CoordinateSystem": "LPS+ (ITK)",
+        "TranslationUnits": "mm",
+        "RotationCentre": "world origin",
+        "FailedVolumes": np.flatnonzero(result.failed).tolist(),
+    }
+
+
+_FIELDS: dict[str, Callable[[Realigned], dict[str, Any]]] = {
+    "bold": _bold_fields,
+    "boldref": lambda result: {"SkullStripped": False},
+    "brain": lambda result: _in_space(result) | {"Type": "Brain"},
+    "coverage": lambda result: _in_space(result) | {"Type": "ROI"},
+    "tsnr_before": lambda result: _map_fields(result) | {"SpatialReference": "orig"},
+    "tsnr_after": lambda result: _map_fields(result) | _in_space(result),
+    "transforms": _transforms_fields,
+}

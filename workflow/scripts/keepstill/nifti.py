@@ -100,7 +100,7 @@ def parse_layout(first_bytes: bytes, run: str, affine_source: str = "auto") -> L
         raise InputError(f"{run}: axes {tuple(sizes)} found; a run needs x, y, z and time")
     try:
         dtype = header.get_data_dtype()
-    except HeaderDataError:
+    except (HeaderDataError, KeyError):  # KeyError: a code that NIfTI does not know
         dtype = None
     if dtype is None or dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise InputError(
@@ -111,7 +111,8 @@ def parse_layout(first_bytes: bytes, run: str, affine_source: str = "auto") -> L
     if not HEADER_BYTES - 192 <= offset <= 2**31:
         raise InputError(f"{run}: voxels begin at byte {offset:g}; the header is damaged")
     slope, inter = _scaling(header, run)
-    affine = _affine(header, tuple(sizes), affine_source, run)
+    with np.errstate(all="ignore"):  # what overflows is refused as damaged
+        affine = _affine(header, tuple(sizes), affine_source, run)
     return Layout(
         header=header,
         shape=tuple(sizes),

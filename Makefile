@@ -1,6 +1,8 @@
-# make demo   realign the small study under tests/data and show where its page is
+# make demo   realign the small study under tests/data, and a simulated subject, made on the spot,
+#             whose page shows the error against the truth; show where the pages are
 # make test   run the tests
 # make lint   check style and types of code and rules
+# make bench-blobs   the ladder of ways to sum blobs, from the naive one upwards
 # make clean  remove the environment, the demo's results and caches
 #
 # The first call sets up .venv from the pinned lists in envs/.
@@ -13,20 +15,29 @@ IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	--no-build-isolation
 
+# The simulated subject; its results lie beside it.
+PHANTOM := results/phantom
+
 define SHOW_RESULTS
 import pathlib, yaml
 config = yaml.safe_load(pathlib.Path("config/config.yaml").read_text())
-output_dir = pathlib.Path(config["output_dir"]).resolve()
-print(f"results: {output_dir}\npage:    {output_dir / 'index.html'}")
+for output_dir in map(pathlib.Path, (config["output_dir"], "$(PHANTOM)-realigned")):
+    print(f"results: {output_dir.resolve()}\npage:    {output_dir.resolve() / 'index.html'}")
 endef
 export SHOW_RESULTS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean bench-blobs
 
-demo: .venv/run.stamp
+demo: .venv/run.stamp | $(PHANTOM)
 	@$(IN_VENV) snakemake --cores $(CORES)
+	@$(IN_VENV) snakemake --cores $(CORES) --config bids_dir=$(PHANTOM) output_dir=$(PHANTOM)-realigned
 	@.venv/bin/python -c "$$SHOW_RESULTS"
+
+$(PHANTOM): | .venv/run.stamp
+	@rm -rf $@.part
+	@.venv/bin/keepstill simulate --subjects 1 --volumes 40 --motion spikes --threads 1 $@.part
+	@mv $@.part $@
 
 test: .venv/test.stamp
 	@$(IN_VENV) pytest -q
@@ -39,8 +50,12 @@ lint: .venv/test.stamp
 	@$(IN_VENV) snakemake --lint
 	@$(IN_VENV) codespell
 
+bench-blobs: .venv/run.stamp
+	@.venv/bin/python benchmarks/blobs.py
+
 clean:
-	rm -rf .venv .snakemake results/demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .snakemake results/demo $(PHANTOM) $(PHANTOM).part $(PHANTOM)-realigned \
+		.hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find workflow tests -depth \( -name __pycache__ -o -name '*.egg-info' \) -exec rm -rf {} +
 
 # An environment that a moved or removed Python left broken is made anew.

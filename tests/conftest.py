@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import phantom
+import runs
+from keepstill import phantom
 
 STUDY = Path(__file__).parent / "data" / "study"
 
@@ -17,11 +18,9 @@ def study() -> Path:
 
 
 @pytest.fixture(scope="session")
-def head() -> np.ndarray:
-    """A fine head; never modified."""
-    made = phantom.fine_head(seed=1)
-    made.setflags(write=False)
-    return made
+def head() -> phantom.FineHead:
+    """A fine head, write-protected."""
+    return phantom.fine_head(1, runs.POINT_SPREAD_MM)
 
 
 @pytest.fixture

@@ -154,15 +154,6 @@ def fill_by_passes(shape, volume, degree, matrix):
     return out
 
 
-def clear_outside(shape, matrix, moving_shape):
-    """Mask (nz, ny, nx) of the voxels whose source lies inside the moving field of view."""
-    nz, ny, nx = shape
-    out = np.zeros(shape, bool)
-    for z, y, x in itertools.product(range(nz), range(ny), range(nx)):
-        out[z, y, x] = is_inside((matrix @ (x, y, z, 1.0))[:3], moving_shape)
-    return out
-
-
 def step_sums(points, values, spans, scale):
     """Sums of a Gauss-Newton step over sampling points."""
     right, outside, squares = np.zeros(7), np.zeros((7, 7)), 0.0
@@ -217,3 +208,59 @@ def add_volume(sums, volume, origin, time):
     """Sums of x, time x and x^2, with another volume."""
     x = volume.astype(float) - origin.astype(float)
     return sums + np.stack([x, time * x, x * x])
+
+
+def density(shape, centres, spreads, brights, spacing=1.0, origin=0.0, dtype=float, each=False):
+    """Sum of blobs on full mesh grids, (nx, ny, nz); `each` truncates each blob to `dtype`."""
+    spacing, origin = np.broadcast_to(spacing, 3), np.broadcast_to(origin, 3)
+    axes = [np.arange(n) * h + o for n, h, o in zip(shape, spacing, origin, strict=True)]
+    total = np.zeros(shape, dtype if each else float)
+    for (x0, y0, z0), spread, bright in zip(centres, spreads, brights, strict=True):
+        x, y, z = np.meshgrid(*axes, indexing="ij")
+        r2 = (x - x0) ** 2 + (y - y0) ** 2 + (z - z0) ** 2
+        blob = bright * np.exp(-r2 / spread**2)
+        total += blob.astype(dtype) if each else blob
+    return total
+
+
+def fill_spans(centres, reaches, shape, spacing, origin):
+    """First index within reach of each blob along each axis, and the number of indices."""
+    first, count = np.zeros((2, len(centres), 3), int)
+    for b, a in itertools.product(range(len(centres)), range(3)):
+        at = np.arange(shape[a]) * spacing[a] + origin[a]
+        inside = np.flatnonzero(np.abs(at - centres[b, a]) <= reaches[b])
+        if inside.size:
+            first[b, a], count[b, a] = inside[0], inside.size
+    return first, count
+
+
+def fill_moments(block):
+    """Mean, variance about the own line, lag-1 autocorrelation of each column of (n, m)."""
+    out = np.empty((3, block.shape[1]))
+    for i, line in enumerate(block.astype(float).T):
+        t = np.arange(len(line))
+        rest = line - np.polyval(np.polyfit(t, line, 1), t) if len(line) > 1 else line * 0
+        centred = line - line.mean()
+        power = (centred**2).sum()
+        lag1 = (centred[1:] * centred[:-1]).sum() / power if power > 0 else 0.0
+        out[:, i] = line.mean(), (rest**2).sum() / max(len(line) - 2, 1), lag1
+    return out
+
+
+def fill_ranked(block, rank):
+    """Value of a rank in each column."""
+    return np.sort(block, axis=0)[rank]
+
+
+def add_squared_steps(block, weights):
+    """Weighted sum over columns of squared steps between rows."""
+    return (np.diff(block.astype(float), axis=0) ** 2 * weights).sum(axis=1)
+
+
+def clear_outside(shape, matrix, moving_shape):
+    """Mask (nz, ny, nx) of the voxels whose source lies inside the moving field of view."""
+    nz, ny, nx = shape
+    out = np.zeros(shape, bool)
+    for z, y, x in itertools.product(range(nz), range(ny), range(nx)):
+        out[z, y, x] = is_inside((matrix @ (x, y, z, 1.0))[:3], moving_shape)
+    return out

@@ -1,4 +1,4 @@
-"""Small runs as files."""
+"""Small runs as files, and runs of the phantom in memory."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-import phantom
+from keepstill import geometry, phantom
 from keepstill.bids import Origin
 from keepstill.collect import collect_run
 from keepstill.ranks import join_world, realign_staged
@@ -14,17 +14,29 @@ from keepstill.realign import Crew
 from keepstill.settings import RealignSettings
 from keepstill.stage import STAGED, remove_stage, stage_run
 
+SCRIPTS = Path(__file__).parents[1] / "workflow" / "scripts"
+# The phantom's point spread in tests: 0.9 of a voxel of 3.4 mm.
+POINT_SPREAD_MM = 3.1
+
+
+def scanner(shape, affine, **options) -> phantom.Scanner:
+    """A scanner whose point spread is as wide in all directions, in mm."""
+    spread = tuple(float(POINT_SPREAD_MM / size) for size in geometry.voxel_sizes_mm(affine))
+    return phantom.Scanner(tuple(shape), affine, spread, **options)
+
+
+def head_run(head, poses, shape, affine, tsnr=60.0, seed=0):
+    """Run of a head, and its volumes (nz, ny, nx)."""
+    run = phantom.make_run(head, scanner(shape, affine), poses, phantom.Effects(tsnr=tsnr), seed)
+    return run, [phantom.volume_of(run, t) for t in range(len(run))]
+
 
 def ball_run(n=5, shape=(20, 22, 14), seed=0, dtype=np.int16) -> np.ndarray:
-    """(nx, ny, nz, n) of a noisy, textured, gently moving ball."""
+    """(nx, ny, nz, n) of a noisy, gently moving ball."""
     rng = np.random.default_rng(seed)
-    axes = np.meshgrid(*(np.linspace(-1.6, 1.6, size) for size in shape), indexing="ij")
-    out = np.empty((*shape, n))
-    for t in range(n):
-        x, y, z = (axis + 0.03 * np.sin(0.7 * t + k) for k, axis in enumerate(axes))
-        texture = 1 + 0.3 * np.sin(7 * x + 1) * np.cos(6 * y) * np.sin(5 * z + 2)
-        out[..., t] = 1000 * texture / (1 + np.exp(9 * (x**2 + y**2 + 1.2 * z**2 - 1)))
-    out += rng.normal(size=out.shape) * 8 + 20
+    shifts = 0.03 * np.sin(0.7 * np.arange(n)[:, None] + np.arange(3))
+    out = np.stack([phantom.ball(shape, shift) for shift in shifts], axis=-1)
+    out = out + rng.normal(size=out.shape) * 8 + 20
     return (
         np.rint(out).clip(0).astype(dtype)
         if np.issubdtype(dtype, np.integer)

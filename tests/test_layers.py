@@ -10,21 +10,21 @@ ENGINE = SCRIPTS / "keepstill"
 # From the bottom up; modules of one line do not import each other.
 LAYERS = (
     ("", "errors"),
-    ("files", "settings", "kernels"),
-    ("geometry", "masks", "moving", "smooth", "survey"),
+    ("files", "settings", "kernels", "start"),
+    ("geometry", "masks", "moving", "smooth", "survey", "blobs"),
     ("nifti", "bids", "lanes"),
     ("manifest", "run_table"),
     ("stage",),
     ("read", "reference"),
     ("estimate", "reslice", "figures", "maps", "write", "realigned"),
-    ("confounds",),
+    ("confounds", "truth"),
     ("sidecars",),
-    ("collect", "report"),
+    ("collect", "report", "phantom"),
     ("realign",),
     ("ranks", "warm", "progress"),
     ("config",),
-    ("config_files", "study"),
-    ("preflight",),
+    ("config_files", "study", "simulate"),
+    ("preflight", "selftest"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -8,10 +8,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import phantom
 import runs
 from inputs import edited, small
-from keepstill import survey
+from keepstill import phantom, survey
 from keepstill.__main__ import main
 from keepstill.errors import InputError
 from keepstill.read import open_staged
@@ -304,3 +303,71 @@ def test_real_slope(study, tmp_path):
     expected = np.asarray(nib.load(source).dataobj[..., 3], dtype=np.float32).T
     np.testing.assert_allclose(run.volume(3), expected, rtol=1e-6)
     assert run.n_dummy == 0
+
+
+# --- what a review tried ---
+
+
+@pytest.mark.parametrize(
+    "text", ['{"EchoTime": NaN}', '{"EchoTime": 1e999}', '{"Name": "\\ud800"}', "[" * 100_000]
+)
+def test_sidecars_that_could_not_be_written_again_are_refused(text, tmp_path):
+    source = small(tmp_path, sidecar=False)
+    source.with_name("a_bold.json").write_text(text)
+    with pytest.raises(InputError, match="mend the sidecar"):
+        stage(source, tmp_path)
+
+
+def test_a_sidecar_may_begin_with_a_byte_order_mark(tmp_path):
+    source = small(tmp_path, sidecar=False)
+    source.with_name("a_bold.json").write_text('\ufeff{"RepetitionTime": 2.0}')
+    assert stage(source, tmp_path).found["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"sform_code": 348}, "sform_code 348"), ({"datatype": 7}, "data type code 7")],
+)
+def test_codes_that_nifti_does_not_know(fields, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        stage(edited(small(tmp_path), **fields), tmp_path)
+
+
+def test_pixdim_0_of_0_is_1(tmp_path):
+    source = small(tmp_path)
+    expected = nib.load(source).affine
+    pixdim = nib.load(source).header["pixdim"].copy()
+    pixdim[0] = 0
+    run = stage(edited(source, pixdim=pixdim), tmp_path, affine_source="sform")
+    np.testing.assert_allclose(run.layout.affine, expected)
+
+
+def test_first_volume_without_signal(tmp_path):
+    data = runs.ball_run(5)
+    data[..., 0] = 0
+    assert realign(runs.write_run(tmp_path / "a_bold.nii", data), tmp_path) == 0
+    assert column(tmp_path, "status") == ["failed", "reference", "ok", "ok", "ok"]
+
+
+@pytest.mark.parametrize(("slope", "inter"), [(-1.0, 3000.0), (0.5, -2000.0), (1.0, 0.0)])
+def test_dummies_are_counted_in_intensities(slope, inter):
+    data = runs.ball_run(12).T.astype(float)
+    data[0] *= 1.4
+    assert survey.count_dummies((data - inter) / slope, slope, inter) == 1
+
+
+def test_a_fixed_hole_around_the_brain_is_no_head(tmp_path):
+    data = runs.ball_run(5, dtype=np.float32)
+    brain = data[..., 0] > 400
+    masked = np.where(brain[..., None], data, np.nan).astype(np.float32)
+    assert realign(runs.write_run(tmp_path / "a_bold.nii", masked), tmp_path) == 0
+    mask = nib.load(tmp_path / "out" / "a_desc-brain_mask.nii.gz").get_fdata() > 0
+    assert not (mask & ~brain).any()
+    assert "failed" not in column(tmp_path, "status")
+
+
+def test_a_folder_or_pipe_is_no_run(tmp_path):
+    pipe = tmp_path / "a_bold.nii"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="no plain file"):
+        stage(pipe, tmp_path)

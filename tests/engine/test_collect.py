@@ -8,9 +8,10 @@ import pytest
 from nitransforms.linear import load as load_transform
 
 import naive
-import phantom
 import runs
+from keepstill import files, phantom
 from keepstill.__main__ import main
+from keepstill.errors import OutputError
 from keepstill.write import itk_transforms
 
 
@@ -128,7 +129,7 @@ STORED = ("i1", "u1", "<i2", ">i2", "<u2", "<i4", ">i4", "<u4", "<i8", "<f4", ">
 def test_header_contract_for_every_stored_type(stored, tmp_path):
     """The same numbers in any type and byte order give the same realigned run."""
     affine = phantom.grid_affine((20, 22, 14), (3.0, 3.0, 4.0), "LAS", 11)
-    data = np.rint(runs.ball_run(3) / 12)
+    data = np.rint(runs.ball_run(3) / 20)
     assert data.max() <= 127
     kind = nib.Nifti2Header if stored in ("<i8", ">f8") else nib.Nifti1Header
     source = runs.write_stored(tmp_path / "a_bold.nii", data.astype(stored), affine, kind)
@@ -328,3 +329,46 @@ def test_real_runs_lose_temporal_variance(study, tmp_path):
         assert summary["variance_after"] < summary["variance_before"]
         assert summary["tsnr_after"] > summary["tsnr_before"]
         assert summary["n_failed"] == 0
+
+
+def test_the_input_is_never_written_over(tmp_path, capsys):
+    source = runs.write_run(tmp_path / "out" / "a_desc-hmc_bold.nii.gz", runs.ball_run(3))
+    content = source.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main(["realign", str(source), "--out", str(source.parent)])
+    assert ended.value.code == 2
+    assert "would be written over" in capsys.readouterr().err
+    assert source.read_bytes() == content
+
+
+@pytest.mark.parametrize("n_written", [0, 3, 9])
+def test_full_disk_leaves_nothing_of_the_run(n_written, tmp_path, monkeypatch, capsys):
+    """First on a fresh folder, then over the outputs of an earlier call."""
+    source = runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(3))
+    write_file, written = files.put_file, []
+
+    def put_file(path, parts):
+        if len(written) >= n_written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        write_file(path, parts)
+
+    for before in (False, True):
+        if before:
+            realign(source, tmp_path / "out")
+        with monkeypatch.context() as full, pytest.raises(SystemExit) as ended:
+            written.clear()
+            full.setattr("keepstill.write.put_file", put_file)
+            full.setattr("keepstill.collect.put_file", put_file)
+            main(["realign", str(source), "--out", str(tmp_path / "out"), "--dtype", "int16"])
+        assert ended.value.code == 2
+        assert "No space left on device" in capsys.readouterr().err
+        assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_somebody_else_s_data_set_is_not_written_into(tmp_path):
+    (tmp_path / "dataset_description.json").write_text('{"Name": "mine", "GeneratedBy": []}')
+    with pytest.raises(OutputError, match="keepstill did not make"):
+        files.refuse_foreign_data_set(tmp_path, "output_dir")
+    (tmp_path / "dataset_description.json").write_text('{"GeneratedBy": [{"Name": "keepstill"}]}')
+    files.refuse_foreign_data_set(tmp_path, "output_dir")

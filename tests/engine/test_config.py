@@ -165,3 +165,17 @@ def test_paths_that_would_do_harm(given: dict[str, str], words: str, tmp_path: P
 def test_a_reference_that_is_not_there() -> None:
     with pytest.raises(SettingsError, match="needs first, middle, mean or an existing file"):
         engine_config.settings_of(SHIPPED | {"reference": "/nowhere/mean.nii"})
+
+
+@pytest.mark.parametrize(
+    ("output", "words"), [("sub-01", "lies among the raw data"), ("../file", "is no folder")]
+)
+def test_an_output_directory_that_will_not_do(output: str, words: str, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    study.mkdir()
+    (tmp_path / "file").touch()
+    config = {**SHIPPED, "bids_dir": str(study), "output_dir": str(study / output)}
+    with pytest.raises(SettingsError, match=words):
+        engine_config.with_absolute_paths(config, ["bids_dir", "output_dir"], CONFIG.parent)
+    config["output_dir"] = str(study / "derivatives" / "keepstill")
+    engine_config.with_absolute_paths(config, ["bids_dir", "output_dir"], CONFIG.parent)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from nitransforms.linear import load as load_transform
 
-import phantom
 import runs
+from keepstill import phantom
 from keepstill.settings import RealignSettings
 
 with warnings.catch_warnings():

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-import phantom
+import runs
+from keepstill import phantom
 from keepstill.estimate import estimate_motion
 from keepstill.moving import Coefficients, prepare_moving
 from keepstill.reference import prepare_reference
@@ -12,8 +13,7 @@ from keepstill.settings import EstimateSettings
 SETTINGS = EstimateSettings()
 
 
-def estimates_of(run, settings=SETTINGS):
-    volumes = [np.ascontiguousarray(run.data[..., t]) for t in range(run.data.shape[3])]
+def estimates_of(run, volumes, settings=SETTINGS):
     for volume in volumes:
         volume.setflags(write=False)
     reference = prepare_reference(volumes[0], run.affine, settings)
@@ -34,10 +34,11 @@ def test_drift_with_spikes(head):
     shape, sizes = (64, 64, 36), (3.4, 3.4, 3.5)
     errors = []
     for seed in (1, 2, 3):
-        run = phantom.moving_run(
-            head, phantom.drift(21, seed), shape, phantom.grid_affine(shape, sizes), seed=seed
+        poses = phantom.drawn_poses("spikes", 21, seed)
+        run, volumes = runs.head_run(
+            head, poses, shape, phantom.grid_affine(shape, sizes), seed=seed
         )
-        found = estimates_of(run)
+        found = estimates_of(run, volumes)
         assert {e.status for e in found} == {"ok"}
         errors.append(errors_mm(run, found))
     assert np.mean(errors) <= 0.012
@@ -52,15 +53,15 @@ def test_every_orientation(head, axcodes, oblique_deg):
     shape = tuple(world_size[code] for code in axcodes)
     affine = phantom.grid_affine(shape, (3.4, 3.4, 3.4), axcodes, oblique_deg)
     motions = [np.eye(4), phantom.rigid((1.2, -0.8, 1.5), (1.0, -2.0, 1.5))]
-    run = phantom.moving_run(head, motions, shape, affine, tsnr=100, seed=5)
-    assert errors_mm(run, estimates_of(run)).max() < 0.03
+    run, volumes = runs.head_run(head, motions, shape, affine, tsnr=100, seed=5)
+    assert errors_mm(run, estimates_of(run, volumes)).max() < 0.03
 
 
 def test_still_head_stays_still(head):
     shape = (64, 64, 36)
     affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
-    run = phantom.moving_run(head, [np.eye(4)] * 4, shape, affine, tsnr=60, seed=6)
-    assert errors_mm(run, estimates_of(run)).max() < 0.03
+    run, volumes = runs.head_run(head, [np.eye(4)] * 4, shape, affine, tsnr=60, seed=6)
+    assert errors_mm(run, estimates_of(run, volumes)).max() < 0.03
 
 
 def test_large_steps(head):
@@ -72,8 +73,8 @@ def test_large_steps(head):
         phantom.rigid((6, -5, 7), (8, -5, 7)),
         phantom.rigid((-10, 4, -4), (-6, 9, -5)),
     ]
-    run = phantom.moving_run(head, motions, shape, affine, tsnr=60, seed=7)
-    found = estimates_of(run)
+    run, volumes = runs.head_run(head, motions, shape, affine, tsnr=60, seed=7)
+    found = estimates_of(run, volumes)
     assert [e.status for e in found] == ["ok"] * 3
     assert errors_mm(run, found).max() < 0.05
 
@@ -82,17 +83,17 @@ def test_volume_out_of_the_field_fails_honestly(head):
     shape = (64, 64, 36)
     affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
     motions = [np.eye(4), phantom.rigid((0, 0, 110), (0, 0, 0))]
-    run = phantom.moving_run(head, motions, shape, affine, tsnr=60, seed=8)
-    assert [e.status for e in estimates_of(run)] == ["ok", "failed"]
+    run, volumes = runs.head_run(head, motions, shape, affine, tsnr=60, seed=8)
+    assert [e.status for e in estimates_of(run, volumes)] == ["ok", "failed"]
 
 
 def test_intensity_scale_is_found(head):
     shape = (64, 64, 36)
     affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
     motions = [np.eye(4), phantom.rigid((0.5, 0.2, -0.4), (0.5, 0.3, -0.6))]
-    run = phantom.moving_run(head, motions, shape, affine, tsnr=100, seed=9)
-    run.data[..., 1] *= 1.3
-    found = estimates_of(run)
+    run, volumes = runs.head_run(head, motions, shape, affine, tsnr=100, seed=9)
+    volumes[1] *= 1.3
+    found = estimates_of(run, volumes)
     assert found[1].scale == pytest.approx(1 / 1.3, rel=0.005)
     assert errors_mm(run, found).max() < 0.03
 
@@ -101,11 +102,9 @@ def test_error_is_independent_of_the_other_volumes(head):
     """A volume's estimate is the same number whatever is estimated before it."""
     shape = (64, 64, 36)
     affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
-    run = phantom.moving_run(head, phantom.drift(4, 3), shape, affine, seed=10)
-    together = estimates_of(run)
-    reference = prepare_reference(np.ascontiguousarray(run.data[..., 0]), affine, SETTINGS)
-    moving = prepare_moving(
-        np.ascontiguousarray(run.data[..., 3]), SETTINGS.degree, Coefficients((36, 64, 64))
-    )
+    run, volumes = runs.head_run(head, phantom.drawn_poses("spikes", 4, 3), shape, affine, seed=10)
+    together = estimates_of(run, volumes)
+    reference = prepare_reference(volumes[0], affine, SETTINGS)
+    moving = prepare_moving(volumes[3], SETTINGS.degree, Coefficients((36, 64, 64)))
     alone = estimate_motion(moving, affine, reference, SETTINGS)
     np.testing.assert_array_equal(alone.moving_from_reference, together[3].moving_from_reference)

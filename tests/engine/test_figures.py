@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import phantom
-from keepstill import figures, geometry
+from keepstill import figures, geometry, phantom
 
 SHAPE = (64, 60, 36)
 small = st.floats(-0.3, 0.3)
@@ -14,7 +13,7 @@ shift = st.floats(-15, 15)
 
 
 def matrices(n, seed=0, size=2.0):
-    return np.array(phantom.drift(n, seed, size))
+    return phantom.drawn_poses("spikes", n, seed, size)
 
 
 def spm_matrix(p):
@@ -132,6 +131,16 @@ def test_failed_volumes_do_not_say_what_is_expected():
     np.testing.assert_allclose(found.std_dvars[1:4], std_dvars[:3], rtol=2e-6)
     np.testing.assert_allclose(found.std_dvars[7:], std_dvars[4:], rtol=2e-6)
     assert found.std_dvars[4] > 20 and found.std_dvars[6] > 20
+
+
+@pytest.mark.parametrize("n_values", [1, 2, 7, 1000])
+@pytest.mark.parametrize("offset", [0.0, -40.0, 900.0])
+def test_median(n_values, offset):
+    """DVARS is scaled by the median over mask and time, exactly."""
+    values = np.random.default_rng(n_values).normal(offset, 30, (n_values, 1, 1, 3))
+    values = values.astype(np.float32)
+    found = figures._median(values, np.arange(n_values), np.arange(3))
+    assert found == pytest.approx(np.median(values.astype(np.float64)), rel=1e-12)
 
 
 def test_two_volumes_have_no_dvars():

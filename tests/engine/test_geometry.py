@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import phantom
-from keepstill import geometry
+from keepstill import geometry, phantom
 
 component = st.floats(-0.5, 0.5)
 

@@ -22,9 +22,10 @@ PAGE = CLONE / "docs" / "inputs.md"
 HEAD = """\
 # What happens to each kind of input
 
-Every row was made and staged to write this page; a test does it again and compares. A refused run
-is one line on the terminal and in its log, exit status 2, nothing under a final name, and no harm
-to the other runs of the study. A warning goes to the log, the run's manifest and its page.
+The rows down to the sidecars were made and staged to write this page, and a test does it again and
+compares; the others have tests of their own. A refused run is one line on the terminal and in its
+log, exit status 2, nothing under a final name, and no harm to the other runs of the study. A
+warning goes to the log, the run's manifest and its page.
 
 | input | what happens | message |
 |---|---|---|
@@ -75,12 +76,59 @@ ROWS = (
 )
 # What shows later than staging, or needs no message; tests in tests/engine/test_borders.py.
 ALSO = (
-    ("NaN or Inf in some voxels", "warned: filled for interpolation, kept out of the figures"),
-    ("one volume all zero or NaN", "that volume is marked `failed` and listed; the run is done"),
-    ("first volumes brighter than the rest", "flagged, and never the reference (`dummy_scans`)"),
-    ("no volume can be realigned", "refused"),
+    (
+        "NaN or Inf in some voxels",
+        "warned",
+        "N values, in N voxels, are no numbers; they were filled from their neighbours and are "
+        "left out of the figures",
+    ),
+    (
+        "one volume all zero or NaN",
+        "that volume is marked `failed` and listed; the run is done",
+        "volumes that failed: N",
+    ),
+    (
+        "first volumes brighter than the rest",
+        "flagged, and never the reference (`dummy_scans`)",
+        "",
+    ),
+    (
+        "a volume that leaves the field of view or moves within itself",
+        "marked `failed` and listed",
+        "volumes that failed: N",
+    ),
+    (
+        "no volume can be realigned",
+        "refused",
+        "none of N volumes could be realigned; look at the run, or choose another reference",
+    ),
+    (
+        "stage root full",
+        "staged on disk instead, and said",
+        "N MB do not fit in DIR (REASON); staged in DIR instead",
+    ),
+    (
+        "output folder not writable",
+        "refused before anything starts",
+        "cannot write to DIR (REASON); choose another folder",
+    ),
+    (
+        "output folder full",
+        "refused; what was written of the run is removed",
+        "cannot write below DIR (No space left on device); free space there or choose another "
+        "output_dir",
+    ),
+    (
+        "output folder that holds the input",
+        "refused",
+        "FILE in DIR is the input itself and would be written over; choose another output folder",
+    ),
+    (
+        "output folder that is another data set",
+        "refused",
+        "DIR is a data set that keepstill did not make; choose another folder",
+    ),
 )
-
 STUDIES_HEAD = """
 ## Studies, tables of runs, configurations
 
@@ -154,7 +202,7 @@ def row(kind, make, tmp_path):
 
 def test_the_page_says_what_happens(tmp_path):
     rows = [row(kind, make, tmp_path / str(i)) for i, (kind, make) in enumerate(ROWS)]
-    rows += [f"| {kind} | {happens} | |\n" for kind, happens in ALSO]
+    rows += [f"| {kind} | {happens} | {said and f'`{said}`'} |\n" for kind, happens, said in ALSO]
     rows.append(STUDIES_HEAD)
     for i, (kind, files, config) in enumerate(STUDIES):
         rows.append(study_row(kind, files, config, tmp_path / f"study-{i}"))

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import naive
-import phantom
-from keepstill import geometry
-from keepstill.kernels import bspline, components, moments, sampling, small, sums
+from keepstill import geometry, phantom
+from keepstill.kernels import bspline, components, moments, sampling, series, small, sums
 from keepstill.reference import prepare_reference
 from keepstill.settings import EstimateSettings
 
@@ -143,19 +142,10 @@ def test_fill_unmoved():
     np.testing.assert_array_equal(out, naive.fill_unmoved(rows, spans, volume))
 
 
-def test_clear_outside():
-    matrix = moved(5, size=0.4, shift=3)
-    mask = np.ones((6, 9, 12), bool)
-    sampling.clear_outside(mask, matrix, (11, 8, 7))
-    expected = naive.clear_outside(mask.shape, matrix, (11, 8, 7))
-    assert 0 < expected.sum() < expected.size
-    np.testing.assert_array_equal(mask, expected)
-
-
 def test_step_sums_and_normal_matrix():
-    z, y, x = np.meshgrid(*(np.linspace(-1.6, 1.6, n) for n in (9, 10, 12)), indexing="ij")
-    noise = np.random.default_rng(3).normal(size=x.shape)
-    volume = (800 / (1 + np.exp(9 * (x**2 + y**2 + z**2 - 1))) + 5 * noise).astype(np.float32)
+    ball = phantom.ball((12, 10, 9)).T
+    noise = np.random.default_rng(3).normal(size=ball.shape)
+    volume = np.ascontiguousarray(ball + 5 * noise, np.float32)
     affine = np.diag([3.0, 3.0, 4.0, 1.0])
     reference = prepare_reference(volume, affine, EstimateSettings())
     points = reference.fine.points
@@ -176,12 +166,6 @@ def test_largest_component(seed, density):
     found = components.largest_component(mask)
     assert found.sum() == naive.largest_component(mask).sum()
     assert (found <= mask).all()
-
-
-@pytest.mark.parametrize("reach", [0, 1, 3, 20])
-def test_dilated(reach):
-    mask = np.random.default_rng(1).random((6, 9, 8)) < 0.03
-    np.testing.assert_array_equal(components.dilated(mask, reach), naive.dilated(mask, reach))
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -208,3 +192,36 @@ def test_moments():
     found = before.copy()
     moments.add_volume(found, volume, origin, -2.5)
     np.testing.assert_allclose(found, naive.add_volume(before, volume, origin, -2.5), rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 50])
+@pytest.mark.parametrize("m", [1, 64, 131])
+def test_block_of_a_series(n, m):
+    block = (1000 + 10 * np.random.default_rng(n).normal(size=(n, m))).astype(np.float32)
+    block[:, 0] = 300
+    found = np.full((3, m), np.nan)
+    series.fill_moments(block, found)
+    np.testing.assert_allclose(found, naive.fill_moments(block), rtol=1e-9, atol=1e-9)
+    weights, totals = np.arange(m) % 2.0, np.ones(n - 1)
+    series.add_squared_steps(block, weights, totals)
+    np.testing.assert_allclose(totals, 1 + naive.add_squared_steps(block, weights), rtol=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1.0, 1e-38, 1e30]))
+@settings(max_examples=20, deadline=None)
+def test_ranked(seed, scale):
+    """Negative values, zeros of both signs, ties and tiny numbers too."""
+    rng = np.random.default_rng(seed)
+    block = (scale * np.round(3 * rng.normal(size=(21, 70)), rng.integers(0, 6))).astype(np.float32)
+    rank, out = int(rng.integers(0, 21)), np.full(70, np.nan, np.float32)
+    series.fill_ranked(block, rank, out)
+    np.testing.assert_array_equal(out, naive.fill_ranked(block, rank))
+    counts = np.zeros(1 << 16, np.int64)
+    series.count_halves(block.ravel(), -1, counts)
+    assert counts.sum() == block.size
+    upper = int(np.flatnonzero(counts)[0])
+    lower = np.zeros_like(counts)
+    series.count_halves(block.ravel(), upper, lower)
+    assert lower.sum() == counts[upper]
+    smallest = series.float_of((upper << 16) + int(np.flatnonzero(lower)[0]))
+    assert smallest == block.min()

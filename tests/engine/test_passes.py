@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 import naive
-import phantom
+import runs
+from keepstill import phantom
 from keepstill.kernels import bspline, passes
 from keepstill.moving import Asked, Coefficients, fill_values, prepare_moving
-from keepstill.reslice import reslice_volume
+from keepstill.reslice import coverage, reslice_volume
 
 DEGREES = (1, 2, 3, 4, 5)
 
@@ -173,17 +174,18 @@ def test_error_against_the_truth_is_that_of_the_direct_sum(head, angle_deg):
     shape = (48, 56, 34)
     affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
     motion = phantom.rigid((1.3, -0.8, 1.1), angle_deg * np.array([0.6, -0.5, 0.6]))
-    run = phantom.moving_run(head, [np.eye(4), motion], shape, affine, seed=1)
-    moving = prepare_moving(np.ascontiguousarray(run.clean[..., 1]), 5, Coefficients(shape[::-1]))
+    run, _ = runs.head_run(head, np.array([np.eye(4), motion]), shape, affine, seed=1)
+    truth, moved_volume = (phantom.clean_volume(run, t) for t in range(2))
+    moving = prepare_moving(moved_volume, 5, Coefficients(shape[::-1]))
     out = np.empty(shape[::-1], np.float32)
     reslice_volume(out, moving, affine, run.truth[1], affine)
     z, y, x = np.indices(out.shape)
     matrix = np.linalg.inv(affine) @ run.truth[1] @ affine
     source = np.tensordot(matrix[:3], np.stack([x, y, z, np.ones_like(x)]), 1)
-    chosen = (out > 0) & (run.clean[..., 0] > 100)
+    chosen = (out > 0) & (truth > 100)
 
     def error(found):
-        return np.sqrt(np.square(found - run.clean[..., 0])[chosen].mean())
+        return np.sqrt(np.square(found - truth)[chosen].mean())
 
     cubic, quintic = (
         error(ndimage.map_coordinates(moving.volume, source[::-1], order=order, mode="mirror"))
@@ -191,3 +193,17 @@ def test_error_against_the_truth_is_that_of_the_direct_sum(head, angle_deg):
     )
     assert error(out) < 1.02 * quintic
     assert error(out) < 0.98 * cubic
+
+
+def test_coverage_is_what_every_resliced_volume_has():
+    shape, affine = (9, 12, 20), np.diag([3.0, 3.0, 4.0, 1.0])
+    matrices = np.array([moved(seed, angle_rad=0.1, shift=9.0) for seed in range(3)])
+    covered = coverage(matrices, (affine, (20, 12, 9)), affine, shape)
+    expected = np.ones(shape, bool)
+    for matrix in matrices:
+        moving = prepare_moving(np.ones(shape, np.float32), 1, Coefficients(shape))
+        out = np.empty(shape, np.float32)
+        reslice_volume(out, moving, affine, matrix, affine)
+        expected &= out > 0
+    assert 0 < expected.sum() < expected.size
+    np.testing.assert_array_equal(covered, expected)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-import phantom
+from keepstill import phantom
 from keepstill.report.slices import SHOWN, choose_slices, find_images, mosaic, slices_svg
 
 SHAPE = (16, 20, 12)

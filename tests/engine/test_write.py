@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import phantom
-from keepstill import write
+from keepstill import phantom, write
 from keepstill.files import put_file
 
 
@@ -96,7 +95,7 @@ def test_itk_text_reads_back(tmp_path):
     """nitransforms and ITK both find the master matrices again."""
     from nitransforms.linear import load
 
-    masters = np.array(phantom.drift(3, 2))
+    masters = phantom.drawn_poses("spikes", 3, 2)
     path = tmp_path / "xfm.txt"
     path.write_text(write.itk_transforms(masters))
     read = load(path, fmt="itk")

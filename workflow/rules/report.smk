@@ -15,10 +15,11 @@ rule page_run:
         script=script("page_run.py"),
         manifest=lambda wildcards: str(manifest_path(STUDY.output_dir, wildcards.run)),
         output_dir=lambda wildcards: str(STUDY.output_dir),
+        truth=lambda wildcards: STUDY.truth(wildcards.run),
     shell:
         "bash {params.guard:q} {log:q} '' "
         "python {params.script:q} --manifest {params.manifest:q} "
-        "--output-dir {params.output_dir:q} "
+        "--output-dir {params.output_dir:q} {params.truth:q} "
         "&& touch {output:q}"
 
 

@@ -5,10 +5,9 @@ import logging
 import sys
 from pathlib import Path
 
-from keepstill.collect import collect_run, summary_line
 from keepstill.errors import KeepstillError
 from keepstill.settings import RealignSettings
-from keepstill.stage import remove_stage
+from keepstill.start import start_quickly
 
 
 def main() -> None:
@@ -21,6 +20,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = RealignSettings.from_json(args.settings)
+    start_quickly()
+    from keepstill.collect import collect_run, summary_line
+    from keepstill.stage import remove_stage
+
     try:
         summary = collect_run(args.stage_dir, args.output_dir, settings, args.threads)
     except KeepstillError as error:

@@ -20,6 +20,9 @@ finish() {
     if [ "$status" -ne 0 ]; then
         echo "exit status $status" >>"$log"
         last_word=${last_word:-"keepstill: exit status $status; see $log"}
+    else
+        echo "CPU time, user and system, of this script and then of the command:" >>"$log"
+        times >>"$log"
     fi
     [ -z "$last_word" ] || echo "$last_word" >&2
 }

@@ -14,10 +14,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--manifest", required=True, type=Path, metavar="FILE")
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--truth", type=Path, metavar="FILE", help="of a simulated run")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        write_run_page(args.manifest, args.output_dir)
+        write_run_page(args.manifest, args.output_dir, args.truth)
     except KeepstillError as error:
         print(f"keepstill: {error}", file=sys.stderr)
         sys.exit(2)

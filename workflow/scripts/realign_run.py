@@ -5,9 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-from keepstill.ranks import n_threads_of, realign_staged, run_in_world
-from keepstill.realign import Crew
 from keepstill.settings import RealignSettings
+from keepstill.start import start_quickly
 
 
 def main() -> None:
@@ -19,14 +18,15 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = RealignSettings.from_json(args.settings)
-    sys.exit(
-        run_in_world(
-            args.ranks,
-            lambda world: realign_staged(
-                args.stage_dir, settings, world, Crew(n_threads_of(world))
-            ),
-        )
-    )
+    start_quickly()
+    from keepstill.ranks import Alone, World, log_ranks, n_threads_of, realign_staged, run_in_world
+    from keepstill.realign import Crew
+
+    def work(world: Alone | World) -> None:
+        log_ranks(world)
+        realign_staged(args.stage_dir, settings, world, Crew(n_threads_of(world)))
+
+    sys.exit(run_in_world(args.ranks, work))
 
 
 if __name__ == "__main__":

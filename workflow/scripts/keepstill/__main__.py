@@ -1,4 +1,4 @@
-"""The command line: ``keepstill realign``, ``plan``, ``config``, ``warm``."""
+"""The command line: ``realign``, ``plan``, ``config``, ``simulate``, ``selftest``, ``warm``."""
 
 import argparse
 import contextlib
@@ -7,14 +7,18 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from keepstill import __version__
-from keepstill.errors import KeepstillError
+from keepstill.errors import KeepstillError, SettingsError
 from keepstill.progress import VolumeProgress
 from keepstill.settings import RealignSettings
+from keepstill.start import start_quickly
 
+TRIPLES = ("voxel_mm", "shape", "point_spread_voxels")
 EPILOG = """\
 A run is realigned where this command runs: on all cores that the process may use, or on the ranks
 that a launcher starts (mpirun -n 8 keepstill realign ...). The outputs have the same bytes.
@@ -67,6 +71,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config_arguments(config)
     config.set_defaults(command=_config)
+    simulate = commands.add_parser(
+        "simulate",
+        help="make a study of known motion",
+        description="Make a BIDS study of made-up heads, with the truth of their motion beside it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_simulate_arguments(simulate)
+    simulate.set_defaults(command=_simulate)
+    selftest = commands.add_parser(
+        "selftest",
+        help="realign a small simulated study and compare it with the truth",
+        description="Simulate a small study in the stage root, realign it through the workflow as "
+        "snakemake would, and say how far it is from the truth, how long it took, and where the "
+        "ranks ran. Exits with 1 if that is too far. Leaves nothing behind.",
+    )
+    _add_selftest_arguments(selftest)
+    selftest.set_defaults(command=_selftest)
     warm = commands.add_parser(
         "warm", help="compile the kernels, once", description="Compile the kernels, once."
     )
@@ -133,6 +154,56 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
+    part = "PART"
+    for name, kind, default, metavar, about in (
+        ("--subjects", int, 4, "N", "number of subjects"),
+        ("--runs", int, 1, "N", "number of runs of each"),
+        ("--volumes", int, None, "N", "of each run; None: 200, or as many as FILE has"),
+        ("--seed", int, 1, "N", "the same seed gives the same bytes"),
+        ("--tr-s", float, 2.0, "S", "seconds from volume to volume"),
+        ("--motion", str, "drift", "drift|spikes|steps|still|FILE",
+         "FILE has columns trans_x ... rot_z, mm and rad"),
+        ("--tsnr", float, 60.0, "N", "mean of the brain over the noise"),
+        ("--activation-percent", float, 0.0, "P", "of some cortex, in blocks of 20 s"),
+        ("--shading", float, 0.0, part, "range of the coil's sensitivity, 0.35 for 35%%"),
+        ("--gain-drift", float, 0.0, part, "rise of the gain over the run"),
+        ("--dropped-slices", int, 0, "N", "slices that lose signal in one volume of twenty"),
+        ("--first-brighter", float, 0.0, part, "excess of the first volume"),
+        ("--ghost", float, 0.0, part, "part of the image seen again half a field away"),
+        ("--threads", int, None, "N", "None: as many as its affinity mask"),
+    ):  # fmt: skip
+        parser.add_argument(name, type=kind, default=default, metavar=metavar, help=about)
+    for name, kind, three, about in (
+        ("--voxel-mm", float, (3.4, 3.4, 3.5), "edges of a voxel"),
+        ("--shape", int, (64, 64, 36), "number of voxels"),
+        ("--point-spread-voxels", float, (0.8,) * 3, "full width at half maximum; or one for all"),
+    ):
+        parser.add_argument(name, type=kind, nargs="+", default=three, metavar="X", help=about)
+    parser.add_argument("--slice-timing", action="store_true", help="slices one after the other")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, or an empty one")
+
+
+def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workflow-profile",
+        type=Path,
+        metavar="DIR",
+        help="how jobs and ranks are started (default: profiles/default)",
+    )
+    parser.add_argument("--cores", type=_count, metavar="N", help="default: the profile's, or all")
+    parser.add_argument(
+        "--volumes", type=_count, default=30, metavar="N", help="of each run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stage-root",
+        type=Path,
+        default=Path("/dev/shm"),
+        metavar="DIR",
+        help="where all of it lies meanwhile (default: %(default)s)",
+    )
+
+
 def _dummy_scans(text: str) -> str | int:
     return text if text == "auto" else int(text)
 
@@ -159,6 +230,7 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _realign(args: argparse.Namespace) -> int:
+    start_quickly()
     from keepstill.ranks import run_in_world
 
     settings = RealignSettings(
@@ -244,6 +316,40 @@ def _config(args: argparse.Namespace) -> int:
     return 0
 
 
+def _three(name: str, given: Sequence[float]) -> tuple[float, ...]:
+    """Three numbers from three, or from one for all axes."""
+    if len(given) not in (1, 3):
+        option = name.replace("_", "-")
+        raise SettingsError(f"--{option}: {len(given)} numbers found; needs one or three")
+    return tuple(given) * (3 // len(given))
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from keepstill.phantom import Effects
+    from keepstill.simulate import StudyPlan, simulate_study
+
+    values = vars(args) | {name: _three(name, getattr(args, name)) for name in TRIPLES}
+    effects = Effects(**{f.name: values[f.name] for f in fields(Effects)})
+    of_plan = {f.name: values[f.name] for f in fields(StudyPlan) if f.name in values}
+    plan = StudyPlan(**of_plan, effects=effects)
+    n_threads = args.threads or len(os.sched_getaffinity(0))
+    n = plan.n_volumes * plan.runs * plan.subjects
+    with VolumeProgress(f"{args.out}", n, is_shown=True) as progress:
+        simulate_study(args.out, plan, n_threads, progress.count)
+    print(f"{n} volumes of {plan.subjects} subjects in {args.out}")
+    return 0
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    """Print how a small simulated study went; 1 if not well."""
+    from keepstill.selftest import Trial, selftest
+
+    trial = Trial(args.workflow_profile, args.cores, args.volumes, args.stage_root)
+    lines, is_well = selftest(trial)
+    print("\n".join(lines))
+    return 0 if is_well else 1
+
+
 def _warm(args: argparse.Namespace) -> int:
     """Run every kernel once on a small phantom, so that no rank has to compile."""
     del args
@@ -255,3 +361,8 @@ def _warm(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     main()
+
+    try:
+        main()
+    except BrokenPipeError:
+        os._exit(1)

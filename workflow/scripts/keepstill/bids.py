@@ -5,7 +5,9 @@ import difflib
 import itertools
 import json
 import logging
+import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from keepstill.errors import InputError
 BOLD_EXTENSIONS = (".nii", ".nii.gz")
 FILTERS = {"participants": "sub", "sessions": "ses", "tasks": "task", "runs": "run"}
 DESCRIPTION = "dataset_description.json"
+_NAME = re.compile(r"[A-Za-z0-9+_-]+")
 MAX_SHOWN = 12  # names in an error's line
 
 for _library in ("bids2table", "bidsschematools"):  # what they tell is not for our users
@@ -294,6 +297,10 @@ def _bold_paths(bids_dir: Path) -> list[Path]:
 
 def _run(path: Path) -> Run:
     name = run_name(path)
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{path}: a BIDS name has letters, digits, +, - and _ only; rename the file"
+        )
     entities = _entities(name)
     return Run(name, path, entities["sub"], entities.get("ses"), entities)
 
@@ -361,10 +368,26 @@ def _folders_down_to(folder: Path, root: Path) -> list[Path]:
     return [root.joinpath(*below[:depth]) for depth in range(len(below) + 1)]
 
 
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(float(digits)):
+        raise ValueError(f"{digits} is too large")
+    return float(digits)
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        json.dumps(values, ensure_ascii=False).encode()  # half a character cannot be written again
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: not there; fetch it (datalad get {path.name}) or mend the link"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); mend the sidecar") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: {type(values).__name__} found; a sidecar needs an object {{}}")

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from keepstill import figures, write
 from keepstill.confounds import OUTLIER, Columns, is_known_change, is_steady_change, make_confounds
-from keepstill.errors import OutputError
+from keepstill.errors import OutputError, counted
 from keepstill.files import put_file, put_text
-from keepstill.kernels.components import dilated
 from keepstill.manifest import (
     Manifest,
     Stamp,
@@ -24,9 +23,9 @@ from keepstill.manifest import (
     write_manifest,
 )
 from keepstill.maps import Moments, temporal_moments
-from keepstill.masks import brain_mask
+from keepstill.masks import brain_mask, dilated
 from keepstill.nifti import made_header
-from keepstill.realigned import Realigned, open_result
+from keepstill.realigned import OUTPUTS, Realigned, open_result
 from keepstill.reslice import coverage
 from keepstill.settings import RealignSettings
 from keepstill.sidecars import BIDSIGNORE, README, dataset_description, sidecar
@@ -79,18 +78,49 @@ def collect_run(
     """
     result = open_result(stage_dir, settings)
     folder = result.run.found["folder"]
+    _refuse_own_input(result, output_dir, output_dir / PurePosixPath(folder))
     with _as_output_error(result.run.run, output_dir):
+        _remove_parts(output_dir / PurePosixPath(folder), result.run.run)
         if folder:
             describe_dataset(output_dir, result.run.found["bids_dir"])
         findings = _find(result)
         summary = _summary(result, findings)
         outdated = withdraw_manifest(output_dir, result.run.run)
-        _remove_parts(output_dir / PurePosixPath(folder), result.run.run)
-        paths = list(_write_all(result, findings, output_dir / PurePosixPath(folder), n_threads))
-        for path in outdated - set(paths):
-            path.unlink(missing_ok=True)  # made by other settings, and no longer true
-        _complete(result, output_dir, describe_outputs(output_dir, paths), summary)
+        paths: list[Path] = []
+        try:
+            for path in _write_all(result, findings, output_dir / PurePosixPath(folder), n_threads):
+                paths.append(path)
+            _complete(result, output_dir, describe_outputs(output_dir, paths), summary)
+        except BaseException:
+            outdated |= _possible_paths(result, output_dir / PurePosixPath(folder))
+            paths.clear()  # half of a run's files would pass for the run
+            raise
+        finally:
+            for path in outdated - set(paths):
+                path.unlink(missing_ok=True)  # made by other settings, and no longer true
     return summary
+
+
+def _possible_paths(result: Realigned, folder: Path) -> set[Path]:
+    paths = {folder / result.name(output) for output in OUTPUTS}
+    return paths | {_beside(path) for path in paths}
+
+
+def _refuse_own_input(result: Realigned, output_dir: Path, folder: Path) -> None:
+    """Refuse to write over the run itself, or over its reference.
+
+    Raises
+    ------
+    OutputError
+    """
+    inputs = [Path(result.run.found["source"]), Path(result.settings.reference)]
+    for output in OUTPUTS:
+        path = folder / result.name(output)
+        if any(path.exists() and given.exists() and path.samefile(given) for given in inputs):
+            raise OutputError(
+                f"{result.run.run}: {path.name} in {output_dir} is the input itself and would be "
+                "written over; choose another output folder"
+            )
 
 
 def _remove_parts(folder: Path, run: str) -> None:
@@ -144,6 +174,8 @@ def describe_dataset(output_dir: Path, bids_dir: str | None) -> None:
 
 def _find(result: Realigned) -> Findings:
     brain, covered = brain_mask(result.reference), _covered(result)
+    if result.missing is not None and result.is_on_own_grid:
+        brain &= ~result.missing
     before = after = series = None
     if result.series is not None:
         resliced = result.series
@@ -246,7 +278,6 @@ def _write_series(
     dtype = result.settings.output_dtype
     header = made_header(result.run.layout.header, result.affine, series.shape[::-1], dtype)
     header["pixdim"][4] = result.run.found["tr_s"] or 0
-    _set_seconds(header)
     if dtype == "int16":
         slope, inter = write.int16_scaling(series)
         header["scl_slope"], header["scl_inter"] = slope, inter
@@ -263,16 +294,14 @@ def _header(result: Realigned, output: str, volume: NDArray[Any]) -> Any:
     return made_header(layout.header, affine, volume.shape[::-1], str(volume.dtype))
 
 
-def _set_seconds(header: Any) -> None:
-    """Lengths are mm and the repetition time is in seconds, whatever unit the run came with."""
-    header.set_xyzt_units(xyz="mm", t="sec")
-
-
 def _put_sidecar(path: Path, values: dict[str, Any]) -> Path:
     """Write the JSON beside a file."""
-    beside = path.with_name(path.name.removesuffix(".gz").rsplit(".", 1)[0] + ".json")
-    write.put_json(beside, values)
-    return beside
+    write.put_json(_beside(path), values)
+    return _beside(path)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".gz").rsplit(".", 1)[0] + ".json")
 
 
 def summary_line(run: str, summary: dict[str, Any]) -> str:
@@ -282,6 +311,6 @@ def summary_line(run: str, summary: dict[str, Any]) -> str:
     failed = summary["failed_volumes"]
     tail = f"; volumes that failed: {', '.join(map(str, failed))}" if failed else ""
     return (
-        f"{run}: {summary['n_volumes']} volumes, mean framewise displacement {shown}, "
-        f"{summary['n_outliers']} outliers, {summary['n_failed']} failed{tail}"
+        f"{run}: {counted(summary['n_volumes'], 'volume')}, mean framewise displacement {shown}, "
+        f"{counted(summary['n_outliers'], 'outlier')}, {summary['n_failed']} failed{tail}"
     )

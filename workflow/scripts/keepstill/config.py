@@ -66,7 +66,7 @@ def check_config(config: Config, schema: Mapping[str, Any]) -> None:
         where = "".join(f"{part}: " for part in error.path)
         if error.validator == "additionalProperties":
             known = error.schema["properties"]
-            unknown = sorted(set(error.instance) - set(known))[0]
+            unknown = sorted(map(str, set(error.instance) - set(known)))[0]
             nearest = _nearest(unknown, _names(known))
             raise SettingsError(f"config: {where}{unknown!r} is unknown; {nearest}")
         if error.validator == "required":
@@ -195,7 +195,7 @@ def _refuse_places(config: Config, given: Collection[str]) -> None:
         raise SettingsError(
             f"config: runs is a table, {config['runs']}, and bids_dir is given too; leave one out"
         )
-    output_dir, folder = Path(config["output_dir"]), Path(config[source])
+    output_dir, folder = Path(config["output_dir"]).resolve(), Path(config[source]).resolve()
     proposed = (folder.parent if source == "runs" else folder) / "derivatives" / "keepstill"
     if source in given and "output_dir" not in given:
         raise SettingsError(
@@ -205,6 +205,16 @@ def _refuse_places(config: Config, given: Collection[str]) -> None:
     if output_dir == folder:
         raise SettingsError(
             f"config: output_dir: {output_dir} is {source} too; choose another, such as {proposed}"
+        )
+    below = output_dir.relative_to(folder).parts if output_dir.is_relative_to(folder) else ()
+    if source == "bids_dir" and below and below[0] != "derivatives":
+        raise SettingsError(
+            f"config: output_dir: {output_dir} lies among the raw data; choose another, "
+            f"such as {proposed}"
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SettingsError(
+            f"config: output_dir: {output_dir} is no folder; choose another, such as {proposed}"
         )
 
 
@@ -227,9 +237,14 @@ def _typed(value: Any, schema: Mapping[str, Any]) -> Any:
 
 
 def _like(defaults: object, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with a float wherever the default is one: 1 and 1.0 are one setting, one key."""
+    """Values with the kind of number that the default is: 1 and 1.0 are one setting, one key."""
+    like = {name: getattr(defaults, name, None) for name in values}
     return {
-        name: float(value) if isinstance(getattr(defaults, name, None), float) else value
+        name: float(value)
+        if isinstance(like[name], float)
+        else int(value)
+        if isinstance(value, float)
+        else value
         for name, value in values.items()
     }
 

@@ -1,4 +1,4 @@
-"""Errors that a user can act on.
+"""Errors that a user can act on, and how they count.
 
 A message names the run, what was found, what is needed and what to do, on one line. Anything
 that is not a `KeepstillError` is a defect of ours and ends in a traceback.
@@ -31,3 +31,8 @@ class LaunchError(KeepstillError, RuntimeError):
 
 class EmptyVolumeError(KeepstillError, ValueError):
     """A volume or reference without signal."""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: ``1 run``, ``2 runs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

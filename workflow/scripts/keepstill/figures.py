@@ -1,16 +1,24 @@
 """Figures of a run: motion numbers, framewise displacement, rms displacement, DVARS."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
+from keepstill.kernels.series import (
+    HALF_BITS,
+    LAG1,
+    add_squared_steps,
+    count_halves,
+    fill_moments,
+    fill_ranked,
+    float_of,
+)
 
 Motions = NDArray[np.float64]
-# Masked voxels that are looked at together, over all volumes.
-_VOXELS_AT_ONCE = 4096
+# Values that are looked at together: masked voxels times volumes.
+_VALUES_AT_ONCE = 1 << 20
 # DVARS is reported on data scaled to this median (Nichols 2013).
 _SCALED_MEDIAN = 1000.0
 _VARIANCE_TOLERANCE = 1e-7
@@ -152,59 +160,83 @@ def series_figures(
     DVARS: Nichols 2013, with FSL's lower percentiles, as nipype's `compute_dvars`. Voxels that
     do not vary are left out.
     """
-    squares, n_voxels, sd_sum = np.zeros(len(series) - 1), 0, 0.0
-    median = _masked_median(series, good, mask)
-    scale = np.float32(_SCALED_MEDIAN / median) if median > 0 else np.float32(1)
-    for block in _blocks(series, mask):
-        scaled = block * scale
-        steady = np.ascontiguousarray(scaled[:, good])
-        sd = _robust_sd(steady)
+    n, voxels = len(series), np.flatnonzero(mask)
+    median = _median(series, good, voxels)
+    scale = _SCALED_MEDIAN / median if median > 0 else 1.0
+    squares, n_voxels, sd_sum = np.zeros(n - 1), 0, 0.0
+    n_at_once = max(1, _VALUES_AT_ONCE // n)
+    for first in range(0, voxels.size, n_at_once):
+        block = _block(series, voxels[first : first + n_at_once])
+        steady = block if len(good) == n else np.ascontiguousarray(block[good])
+        sd = _robust_sd(steady) * scale
         keep = sd > _VARIANCE_TOLERANCE
-        sd_sum += float((sd[keep] * np.sqrt(2.0 * (1.0 - _lag1(steady[keep])))).sum())
-        step = np.diff(scaled[keep], axis=1)
-        squares += np.square(step, dtype=np.float64).sum(axis=0)
+        add_squared_steps(block, keep.astype(np.float64), squares)
+        sd_sum += float((sd * np.sqrt(2.0 * (1.0 - _lag1(steady))))[keep].sum())
         n_voxels += int(keep.sum())
     dvars, std_dvars = np.full((2, len(series)), np.nan)
     if n_voxels > 0:
-        dvars[1:] = np.sqrt(squares / n_voxels)
+        dvars[1:] = scale * np.sqrt(squares / n_voxels)
     if sd_sum > 0:
         std_dvars = dvars * (n_voxels / sd_sum)
     return SeriesFigures(dvars, std_dvars)
 
 
-def _blocks(series: NDArray[np.float32], mask: NDArray[np.bool_]) -> Iterator[NDArray[np.float32]]:
-    """Masked voxels over time, (at most 4096, n) float32 at a time."""
-    voxels = np.flatnonzero(mask)
-    for first in range(0, voxels.size, _VOXELS_AT_ONCE):
-        some = voxels[first : first + _VOXELS_AT_ONCE]
-        block = np.empty((some.size, len(series)), np.float32)
-        for t in range(len(series)):
-            block[:, t] = series[t].reshape(-1)[some]
-        yield block
-
-
-def _masked_median(
-    series: NDArray[np.float32], chosen: NDArray[np.intp], mask: NDArray[np.bool_]
-) -> float:
-    """Median over mask and chosen volumes."""
-    voxels = np.flatnonzero(mask)
-    values = np.empty((len(chosen), voxels.size), np.float32)
-    for row, t in zip(values, chosen, strict=True):
-        row[:] = series[t].reshape(-1)[voxels]
-    return float(np.median(values)) if values.size else 0.0
-
-
-def _robust_sd(block: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Interquartile range / 1.349 of each row, lower percentiles."""
-    n = block.shape[1]
-    low, high = int(0.25 * (n - 1)), int(0.75 * (n - 1))
-    ordered = np.partition(block, (low, high), axis=1)
-    return (ordered[:, high].astype(np.float64) - ordered[:, low]) / _IQR_PER_SD
+def _block(series: NDArray[np.float32], voxels: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Some voxels, by flat index, of all volumes, (n, m)."""
+    out = np.empty((len(series), voxels.size), np.float32)
+    for t in range(len(out)):
+        out[t] = np.asarray(series[t]).reshape(-1).take(voxels)
+    return out
 
 
 def _lag1(block: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Lag-1 autocorrelation of each row about its mean (Yule-Walker, biased sums)."""
-    centred = block - block.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32)
-    power = np.square(centred, dtype=np.float64).sum(axis=1)
-    lagged = np.multiply(centred[:, 1:], centred[:, :-1], dtype=np.float64).sum(axis=1)
-    return np.divide(lagged, power, out=np.zeros_like(power), where=power > 0)
+    """Lag-1 autocorrelation of each voxel about its mean (Yule-Walker, biased sums)."""
+    moments = np.empty((3, block.shape[1]))
+    fill_moments(block, moments)
+    return moments[LAG1]
+
+
+def _robust_sd(block: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Interquartile range / 1.349 of each voxel, lower percentiles."""
+    n, m = block.shape
+    low, high = np.empty(m, np.float32), np.empty(m, np.float32)
+    fill_ranked(block, int(0.25 * (n - 1)), low)
+    fill_ranked(block, int(0.75 * (n - 1)), high)
+    return (high.astype(np.float64) - low) / _IQR_PER_SD
+
+
+def _median(
+    series: NDArray[np.float32], volumes: NDArray[np.intp], voxels: NDArray[np.intp]
+) -> float:
+    """Median over some volumes and voxels, exactly, without holding the series.
+
+    Values are counted by the upper half of their bits, and then, among those with the upper half
+    of the value that is looked for, by the lower.
+    """
+    n_values = voxels.size * len(volumes)
+    if n_values == 0:
+        return 0.0
+
+    def counted(upper: int) -> NDArray[np.int64]:
+        counts = np.zeros(1 << HALF_BITS, np.int64)
+        for t in volumes:
+            count_halves(np.asarray(series[t]).reshape(-1).take(voxels), upper, counts)
+        return counts
+
+    by_upper = counted(-1)
+    by_lower: dict[int, NDArray[np.int64]] = {}
+    middle = []
+    for rank in ((n_values - 1) // 2, n_values // 2):
+        upper, rest = _ranked(by_upper, rank)
+        if upper not in by_lower:
+            by_lower[upper] = counted(upper)
+        lower, _ = _ranked(by_lower[upper], rest)
+        middle.append(float_of((upper << HALF_BITS) + lower))
+    return sum(middle) / 2
+
+
+def _ranked(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
+    """Where the value of a rank stands among counted ones, and its rank among its equals."""
+    until = np.cumsum(counts)
+    place = int(np.searchsorted(until, rank, side="right"))
+    return place, rank - int(until[place] - counts[place])

@@ -1,6 +1,7 @@
 """Files written whole or not at all."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +28,7 @@ def put_file(path: Path, parts: Iterable[bytes]) -> None:
         raise
 
 
-def claim_output_dir(output_dir: Path, run: str) -> None:
+def claim_output_dir(output_dir: Path, what: str) -> None:
     """Make the output directory, before any work is done for it.
 
     Raises
@@ -43,7 +44,29 @@ def claim_output_dir(output_dir: Path, run: str) -> None:
     else:
         reason = "" if is_writable else "no permission to write"
     if reason:
-        raise OutputError(f"{run}: cannot write to {output_dir} ({reason}); choose another folder")
+        raise OutputError(f"{what}: cannot write to {output_dir} ({reason}); choose another folder")
+
+
+def refuse_foreign_data_set(output_dir: Path, what: str) -> None:
+    """Refuse an output directory that is somebody else's BIDS data set.
+
+    Raises
+    ------
+    OutputError
+    """
+    description = output_dir / "dataset_description.json"
+    if not description.exists():
+        return
+    try:
+        made_by = json.loads(description.read_text(encoding="utf-8")).get("GeneratedBy", [])
+        names = [entry.get("Name") for entry in made_by]
+    except (OSError, ValueError, AttributeError, TypeError):
+        names = []
+    if "keepstill" not in names:
+        raise OutputError(
+            f"{what}: {output_dir} is a data set that keepstill did not make; choose another "
+            "folder, such as derivatives/keepstill in the raw data set"
+        )
 
 
 def put_text(path: Path, text: str) -> None:

@@ -109,3 +109,12 @@ def world(affine: Matrix, voxel: NDArray[np.float64]) -> NDArray[np.float64]:
 def field_centre_mm(affine: Matrix, shape: tuple[int, int, int]) -> NDArray[np.float64]:
     """World position (mm) of the centre of the field of view of a grid (nx, ny, nz)."""
     return world(affine, (np.array(shape, dtype=np.float64) - 1.0) / 2.0)
+
+
+def displacement_mm(
+    found: Matrix, truth: Matrix, points_mm: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Mean distance (mm) over (m, 3) points between where two (n, 4, 4) sets of maps send them."""
+    difference = found[:, :3] - truth[:, :3]
+    moved = np.einsum("nij,pj->npi", difference[:, :, :3], points_mm) + difference[:, None, :, 3]
+    return np.linalg.norm(moved, axis=-1).mean(axis=-1)

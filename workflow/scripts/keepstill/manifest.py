@@ -22,7 +22,8 @@ PACKAGE = Path(__file__).parent
 # What cannot change a run's files: where and when things run, what is shown, what is shared out.
 WITHOUT_EFFECT = (
     *("__main__", "config", "config_files", "lanes", "preflight"),
-    *("report", "run_table", "study", "warm"),
+    *("phantom", "progress", "report", "run_table", "selftest", "simulate", "start", "study"),
+    *("truth", "warm"),
 )
 
 REFERENCES = ("first", "middle", "mean")  # anything else is the path of a file

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill.kernels.components import dilated, largest_component
+from keepstill.kernels.components import largest_component
 
 Volume = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -50,3 +50,15 @@ def brain_mask(volume: Volume) -> Mask:
     opened = dilated(core, 1) & bright if core.any() else bright
     outside = largest_component(np.pad(~opened, 1, constant_values=True))
     return ~outside[1:-1, 1:-1, 1:-1]
+
+
+def dilated(mask: Mask, reach: int) -> Mask:
+    """(nz, ny, nx) mask grown by `reach` voxels along every axis (a cube, not a ball)."""
+    for axis in range(3):
+        source = np.moveaxis(mask, axis, 0)
+        grown = source.copy()
+        for shift in range(1, min(reach, len(source) - 1) + 1):
+            grown[shift:] |= source[:-shift]
+            grown[:-shift] |= source[shift:]
+        mask = np.moveaxis(grown, 0, axis)
+    return np.ascontiguousarray(mask)

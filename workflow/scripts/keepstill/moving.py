@@ -28,6 +28,7 @@ _ALIGNMENT = 64
 _MOST_OBLIQUE, _MOST_OBLIQUE_ROUGH = 0.1, 0.4
 # A map that moves no voxel by more than rounding errors do leaves the voxels as they are.
 _UNMOVED_VOXELS = 1e-9
+_UNMOVED = np.eye(4)
 
 
 class Coefficients:
@@ -164,7 +165,7 @@ def fill_values(
     """
     rows, spans, to_moving = asked.rows, asked.spans, moving_voxel_from_voxel
     n_inside: int = narrow_spans(spans, rows, to_moving, moving.shape)
-    if np.abs(to_moving - np.eye(4)).max() * max(moving.shape) < _UNMOVED_VOXELS:
+    if np.abs(to_moving - _UNMOVED).max() * max(moving.shape) < _UNMOVED_VOXELS:
         fill_unmoved(out, rows, spans, moving.volume)
         return n_inside
     passes, obliqueness = passes_of(to_moving)

@@ -17,8 +17,15 @@ _SPACE_UNITS = {1: "m", 2: "mm", 3: "micron"}
 _SECONDS = {8: 1.0, 16: 1e-3, 24: 1e-6}
 # Header affines that differ by more than this anywhere in the field place the head elsewhere.
 _POSITION_TOLERANCE_MM = 1.0
+_MOST_FORM_CODE = 5  # nifti1.h
+# Intensity scales beyond these leave no room in a float32.
+_SCALES = (1e-20, 1e20)
 # Largest cosine between two axes of a grid; more is shear, which no rigid motion can undo.
 _MOST_SHEAR = 0.01
+_POSITION = (
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("srow_x", "srow_y", "srow_z", "pixdim"),
+)
 # Fields that stay true of what is made of a run.
 _KEPT = (
     *("qform_code", "sform_code", "xyzt_units", "descrip", "aux_file", "toffset"),
@@ -92,6 +99,11 @@ def parse_layout(first_bytes: bytes, run: str, affine_source: str = "auto") -> L
         If this is no single-file NIfTI header, or one that no file can satisfy.
     """
     header = _parse_header(first_bytes, run)
+    if int(header["pixdim"][0]) not in (-1, 1):
+        header["pixdim"][0] = 1  # as the standard has it
+    for name in ("sform_code", "qform_code"):
+        if not 0 <= int(header[name]) <= _MOST_FORM_CODE:
+            raise InputError(f"{run}: {name} {int(header[name])} found; the header is damaged")
     n_axes = int(header["dim"][0])
     sizes = [int(size) for size in header["dim"][1 : n_axes + 1]]
     while len(sizes) > 3 and sizes[-1] == 1:
@@ -129,8 +141,10 @@ def _scaling(header: Any, run: str) -> tuple[float, float]:
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or not np.isfinite(slope):
         return 1.0, 0.0
-    if not np.isfinite(inter):
-        raise InputError(f"{run}: scl_inter {inter} found; the header is damaged")
+    if not (_SCALES[0] < abs(slope) < _SCALES[1] and abs(inter) < _SCALES[1]):
+        raise InputError(
+            f"{run}: scl_slope {slope:g} and scl_inter {inter:g} found; the header is damaged"
+        )
     return slope, inter
 
 
@@ -152,7 +166,8 @@ def _affine(
         affine = header.get_base_affine().astype(np.float64)
     elif code == 0:
         raise InputError(f"{run}: affine_source {affine_source} asked for, but its code is 0")
-    sizes = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    with np.errstate(all="ignore"):
+        sizes = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     # The bounds are far beyond any scanner; they keep damaged headers out of the arithmetic.
     if not np.isfinite(affine).all() or not (sizes.min() > 1e-3 and sizes.max() < 1e3):
         raise InputError(
@@ -210,6 +225,9 @@ def check_units(layout: Layout, run: str) -> list[str]:
     InputError
     """
     unit = layout.space_unit
+    codes = int(layout.header["sform_code"]), int(layout.header["qform_code"])
+    if unit == "mm" and codes == (0, 0):
+        return [f"{run}: the header gives no position; the field is taken to be centred"]
     if unit == "mm":
         return []
     if unit is not None:
@@ -244,6 +262,8 @@ def check_run_shape(layout: Layout, run: str, in_plane: bool = False) -> None:
         raise InputError(f"{run}: {len(shape)} axes {shape} found; a run needs x, y, z and time")
     if in_plane and min(shape[:2]) >= 2:
         return
+    if in_plane:
+        raise InputError(f"{run}: axes {shape} found; needs at least 2 voxels along x and y")
     if min(shape[:3]) < 2:
         raise InputError(
             f"{run}: axes {shape} found; rigid motion needs at least 2 voxels along x, y and z; "
@@ -274,17 +294,20 @@ def made_header(
     header = (nib.Nifti2Header if is_large else nib.Nifti1Header)()
     header.set_data_dtype(dtype)
     header.set_data_shape(shape)
-    same_grid = np.array_equal(source.get_best_affine(), affine)
+    same_position = np.array_equal(source.get_best_affine(), affine)
+    same_grid = same_position or np.array_equal(_qform(source), affine)
     for field in _KEPT:
         header[field] = source[field]
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         header["sform_code"] = 2  # "aligned": the position that we were left to assume
     if same_grid:
-        _copy_position(source, header)
         _copy_acquisition(source, header)
+    if same_position:
+        _copy_position(source, header)
     else:
         header.set_qform(affine, int(source["qform_code"]))
         header.set_sform(affine, int(source["sform_code"]) or 2)
+    header.set_xyzt_units(xyz="mm", t="sec")
     header["pixdim"][4] = source["pixdim"][4] if len(shape) == 4 else 0
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["magic"] = b"n+1" if not is_large else header["magic"]
@@ -298,9 +321,11 @@ def _copy_position(source: Any, header: Any) -> None:
         header[field] = source[field]
     for field in ("srow_x", "srow_y", "srow_z"):
         header[field] = source[field]
-    for field in ("dim_info", "slice_code", "slice_start", "slice_end", "slice_duration"):
-        header[field] = source[field]
     header["pixdim"][:4] = source["pixdim"][:4]
+    if not all(np.isfinite(header[field]).all() for field in _POSITION):
+        affine, code = source.get_best_affine(), int(source["sform_code"])
+        header.set_qform(affine, int(source["qform_code"]))
+        header.set_sform(affine, code)
     if int(source["sform_code"]) == 0 and int(header["sform_code"]) == 2:
         header.set_sform(source.get_best_affine(), 2)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from keepstill.errors import InputError
+from keepstill.errors import InputError, counted
 from keepstill.manifest import REFERENCES
 from keepstill.nifti import HEADER_BYTES, Layout, parse_layout
 from keepstill.settings import RealignSettings
-from keepstill.study import Plan, Study, counted
+from keepstill.study import Plan, Study
 
 # CPU seconds of a run: 4.5 to start Python for each step and to draw the page, and 1.8 for the 29.5
 # Mvoxel of 64 x 64 x 36 x 200 (2 ranks, degree 5, kernels compiled, AMD EPYC, 2026).
@@ -140,6 +140,8 @@ def read_layout(source: Path, run: str, affine_source: str = "auto") -> Layout:
         If the file cannot be read, begins with no NIfTI header, or is too small for its header.
     """
     try:
+        if not source.is_file() and source.exists():
+            raise InputError(f"{run}: {source} is no plain file")
         with source.open("rb", buffering=0) as file:
             first_bytes = file.read(PEEK_BYTES)
             n_bytes = os.fstat(file.fileno()).st_size

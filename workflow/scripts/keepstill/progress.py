@@ -45,8 +45,8 @@ class VolumeProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def count(self, volume: int) -> None:
-        """Take note of one more finished volume."""
+    def count(self, *volume: int) -> None:
+        """Take note of one more finished volume; which one does not matter."""
         del volume
         with self._lock:
             self._done += 1

@@ -5,6 +5,7 @@ their own offsets, and only transforms are gathered.
 """
 
 import io
+import logging
 import os
 import sys
 import traceback
@@ -16,7 +17,6 @@ from typing import Any, NoReturn, TypeVar, cast
 import numpy as np
 
 from keepstill.errors import InputError, KeepstillError, LaunchError
-from keepstill.files import put_private
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
@@ -28,7 +28,7 @@ from keepstill.realign import (
     realign_volumes,
 )
 from keepstill.settings import RealignSettings
-from keepstill.stage import MOTION
+from keepstill.stage import MOTION, put_staged
 
 # What launchers tell a rank of the world's size: MPICH and Slurm's PMI-2, Open MPI, PMIx.
 _WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
@@ -36,6 +36,8 @@ _WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
 _SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class Alone:
@@ -182,6 +184,13 @@ def n_threads_of(world: Alone | World) -> int:
     return max(1, len(mask[1]) // masks.count(mask))
 
 
+def log_ranks(world: Alone | World) -> None:
+    """Tell the log, once and in order, which cores each rank may run on."""
+    masks = world.gather(sorted(os.sched_getaffinity(0)))
+    for rank, mask in enumerate(masks or ()):
+        _log.info("rank %d of %d: cores %s", rank, world.size, ",".join(map(str, mask)))
+
+
 def share(n: int, size: int, rank: int) -> range:
     """Volumes 0 ... n - 1 that a rank of `size` realigns: neighbours, as evenly as can be."""
     return range(n * rank // size, n * (rank + 1) // size)
@@ -225,7 +234,7 @@ def _realign_all(
 
 def _finish(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
     _refuse_if_none(run, found)
-    _save(stage_dir, target, found)
+    _save(stage_dir, run, target, found)
 
 
 def _refuse_if_none(run: StagedRun, found: Part) -> None:
@@ -237,7 +246,7 @@ def _refuse_if_none(run: StagedRun, found: Part) -> None:
         )
 
 
-def _save(stage_dir: Path, target: Target, found: Part) -> None:
+def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
     estimates = list(found.estimates.values())
     reference = target.reference
     missing = np.zeros((0, 0, 0), np.bool_) if found.missing is None else found.missing
@@ -255,4 +264,4 @@ def _save(stage_dir: Path, target: Target, found: Part) -> None:
         missing=missing,
         n_missing=found.n_missing,
     )
-    put_private(stage_dir / MOTION, saved.getvalue())
+    put_staged(stage_dir / MOTION, saved.getvalue(), run.run)

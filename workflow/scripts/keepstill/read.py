@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from keepstill.errors import InputError
 from keepstill.nifti import HEADER_BYTES, Layout, parse_layout
-from keepstill.stage import REALIGNED_VOXELS, STAGED, STAGED_VOXELS, map_volumes
+from keepstill.stage import (
+    REALIGNED_VOXELS,
+    STAGED,
+    STAGED_VOXELS,
+    Chunks,
+    map_volumes,
+    refuse_impossible_size,
+)
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,16 @@ class StagedRun:
         return int(self.found["n_dummy"])
 
     def volume(self, t: int) -> NDArray[np.float32]:
-        """Volume t, (nz, ny, nx) float32, in the units that slope and intercept give."""
-        stored = self.voxels[t].astype(np.float32)
-        if self.layout.slope != 1.0:
-            stored *= np.float32(self.layout.slope)
-        if self.layout.inter != 0.0:
-            stored += np.float32(self.layout.inter)
+        """Volume t, (nz, ny, nx) float32, in the units that slope and intercept give.
+
+        What is no number there, or too large for a float32, is none here.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored = self.voxels[t].astype(np.float32)
+            if self.layout.slope != 1.0:
+                stored *= np.float32(self.layout.slope)
+            if self.layout.inter != 0.0:
+                stored += np.float32(self.layout.inter)
         return stored
 
 
@@ -81,15 +92,19 @@ def read_volume(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     InputError
         If it is not one volume.
     """
-    import nibabel as nib
-    from nibabel.filebasedimages import ImageFileError
-
+    name = path.name
     try:
-        image = nib.load(path)
-        voxels = np.asanyarray(image.dataobj, dtype=np.float32)
-    except (OSError, EOFError, ImageFileError) as error:
-        raise InputError(f"{path}: not readable as NIfTI ({error}); check the file") from error
-    shape = image.shape[:3]
-    if len(shape) != 3 or voxels.size != np.prod(shape):
-        raise InputError(f"{path}: axes {image.shape} found; a reference needs one volume")
-    return np.ascontiguousarray(voxels.reshape(shape).T), image.affine.astype(np.float64)
+        chunks = Chunks(path, name)
+        layout = parse_layout(chunks.peek(HEADER_BYTES), name)
+        refuse_impossible_size(layout, path.stat().st_size, name)
+        if len(layout.shape) != 3:
+            raise InputError(f"{name}: axes {layout.shape} found; a reference needs one volume")
+        content = b"".join(chunks)
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror}); check the path") from error
+    if len(content) != layout.n_bytes:
+        raise InputError(f"{name}: {len(content)} bytes found, {layout.n_bytes} promised")
+    stored = np.frombuffer(content, layout.dtype, offset=layout.offset).reshape(layout.shape[::-1])
+    with np.errstate(over="ignore", invalid="ignore"):
+        volume = stored.astype(np.float32) * np.float32(layout.slope) + np.float32(layout.inter)
+    return volume, layout.affine

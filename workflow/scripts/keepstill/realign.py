@@ -94,13 +94,27 @@ def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
     if settings.reference in ("first", "mean", "middle"):
         n_dummy = run.n_dummy
         t = n_dummy + (run.n_volumes - n_dummy) // 2 if settings.reference == "middle" else n_dummy
+        t = _next_with_signal(run, t)
         volume, affine = run.volume(t), run.layout.affine
         name = f"volume {t}"
     else:
         t = None
-        volume, affine = read_volume(Path(settings.reference))
+        try:
+            volume, affine = read_volume(Path(settings.reference))
+        except InputError as error:
+            raise InputError(f"{run.run}: reference {error}") from error
         name = settings.reference
     return Target(_prepared(run, (volume, affine, name), settings), t)
+
+
+def _next_with_signal(run: StagedRun, first: int) -> int:
+    """Number of the first volume, from `first` on, that shows anything."""
+    for t in (*range(first, run.n_volumes), *range(first)):
+        volume = run.volume(t)
+        numbers = volume[np.isfinite(volume)]
+        if numbers.size and numbers.min() != numbers.max():
+            return t
+    return first
 
 
 def mean_target(
@@ -169,8 +183,8 @@ def _prepared(
 ) -> Reference:
     volume, affine, name = source
     try:
-        volume, _ = fill_missing(volume)
-        return prepare_reference(volume, affine, settings.estimate, settings.in_plane)
+        volume, missing = fill_missing(volume)
+        return prepare_reference(volume, affine, settings.estimate, settings.in_plane, missing)
     except EmptyVolumeError as error:
         raise InputError(f"{run.run}: {name}: {error}; choose another reference") from error
 

@@ -73,6 +73,7 @@ def prepare_reference(
     affine: NDArray[np.float64],
     settings: EstimateSettings,
     in_plane: bool = False,
+    missing: NDArray[np.bool_] | None = None,
 ) -> Reference:
     """Sampling points, Jacobians and normal matrices of a reference volume.
 
@@ -85,6 +86,8 @@ def prepare_reference(
     settings : EstimateSettings
     in_plane : bool
         Whether steps are held to the plane of the grid's first two axes.
+    missing : (nz, ny, nx) bool, optional
+        Voxels that were no numbers and have been filled.
 
     Raises
     ------
@@ -92,6 +95,8 @@ def prepare_reference(
         If no voxel stands out from the background.
     """
     points_mask = _without_border(head_mask(volume, rim_voxels=3))
+    if missing is not None:
+        points_mask &= ~missing
     if not points_mask.any():
         raise EmptyVolumeError("the reference shows no head: no voxel stands out from background")
     z, y, x = np.nonzero(points_mask)
@@ -178,22 +183,19 @@ def _points(
     centre_mm: NDArray[np.float64],
 ) -> Points:
     """Sampling points of some rows, from (plain, low-passed) volumes and gradients."""
-    begins = np.concatenate([[0], np.cumsum(rows[:, 3])[:-1]])
-    n = int(rows[:, 3].sum())
-    values = np.zeros(n, np.float32)
-    jacobians = [np.zeros((N_COLUMNS, n), np.float32) for _ in volumes]
-    for (y, z, x, size), begin in zip(rows, begins, strict=True):
-        here = slice(int(begin), int(begin + size))
-        voxels = (int(z), int(y), slice(int(x), int(x + size)))
-        voxel = np.empty((int(size), 3))
-        voxel[:, 0], voxel[:, 1], voxel[:, 2] = np.arange(x, x + size), y, z
-        arm = (geometry.world(affine, voxel) - centre_mm).astype(np.float32)
-        values[here] = volumes[0][voxels]
-        for jacobian, volume, gradient in zip(jacobians, volumes, gradients, strict=True):
-            g = [component[voxels] for component in gradient]
-            jacobian[0:3, here] = g
-            jacobian[3, here] = arm[:, 1] * g[2] - arm[:, 2] * g[1]
-            jacobian[4, here] = arm[:, 2] * g[0] - arm[:, 0] * g[2]
-            jacobian[5, here] = arm[:, 0] * g[1] - arm[:, 1] * g[0]
-            jacobian[6, here] = volume[voxels]
-    return Points(np.column_stack([rows, begins]).astype(np.int64), values, *jacobians)
+    sizes = rows[:, 3]
+    begins = np.cumsum(sizes) - sizes
+    row = np.repeat(np.arange(len(rows)), sizes)
+    x = np.arange(row.size) - begins[row] + rows[row, 2]
+    voxels = rows[row, 1], rows[row, 0], x
+    at = geometry.world(affine, np.stack(voxels[::-1], axis=-1))
+    arm = (at - centre_mm).astype(np.float32)
+    jacobians = [np.empty((N_COLUMNS, row.size), np.float32) for _ in volumes]
+    for jacobian, volume, gradient in zip(jacobians, volumes, gradients, strict=True):
+        g = [component[voxels] for component in gradient]
+        jacobian[0:3] = g
+        jacobian[3] = arm[:, 1] * g[2] - arm[:, 2] * g[1]
+        jacobian[4] = arm[:, 2] * g[0] - arm[:, 0] * g[2]
+        jacobian[5] = arm[:, 0] * g[1] - arm[:, 1] * g[0]
+        jacobian[6] = volume[voxels]
+    return Points(np.column_stack([rows, begins]), volumes[0][voxels], *jacobians)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
-from keepstill.kernels.sampling import clear_outside
+from keepstill.kernels.sampling import narrow_spans
 from keepstill.moving import Asked, Moving, fill_values
 
 
@@ -52,9 +52,7 @@ def _grid_rows(shape: tuple[int, int, int]) -> NDArray[np.int64]:
     nz, ny, nx = shape
     y, z = (index.ravel() for index in np.indices((ny, nz)))
     none = np.zeros_like(y)
-    rows = np.column_stack([y, z, none, none + nx, (z * ny + y) * nx])
-    rows.setflags(write=False)
-    return rows
+    return np.column_stack([y, z, none, none + nx, (z * ny + y) * nx])
 
 
 def coverage(
@@ -79,8 +77,12 @@ def coverage(
     -------
     covered : (nz, ny, nx) bool
     """
-    covered = np.ones(shape, np.bool_)
-    voxel_from_world = geometry.inverse(moving[0])
+    rows, voxel_from_world = _grid_rows(shape), geometry.inverse(moving[0])
+    spans = np.zeros((len(rows), 2), np.int64)
+    spans[:, 1] = shape[2]
     for matrix in moving_from_reference:
-        clear_outside(covered, geometry.compose(voxel_from_world, matrix, affine), moving[1])
+        narrow_spans(spans, rows, geometry.compose(voxel_from_world, matrix, affine), moving[1])
+    x = np.arange(shape[2])
+    covered = np.empty(shape, np.bool_)
+    covered[rows[:, 1], rows[:, 0]] = (x >= spans[:, :1]) & (x < spans[:, 1:])
     return covered

@@ -65,9 +65,9 @@ def fill_missing(volume: Volume) -> tuple[Volume, NDArray[np.bool_] | None]:
     missing : (nz, ny, nx) bool or None
         None if it has no hole.
     """
-    missing = ~np.isfinite(volume)
-    if not missing.any():
+    if np.isfinite(volume.min()) and np.isfinite(volume.max()):  # NaN is the least of all
         return volume, None
+    missing = ~np.isfinite(volume)
     weight = lowpass((~missing).astype(np.float32), _FILL_FWHM_VOXELS)
     mean = lowpass(np.where(missing, np.float32(0), volume), _FILL_FWHM_VOXELS)
     near = weight > _LEAST_FILL_WEIGHT

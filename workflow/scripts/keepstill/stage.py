@@ -37,6 +37,9 @@ REALIGNED_VOXELS = "realigned.raw"
 MOTION = "motion.npz"
 _OVERFLOW = "overflow"  # a link to where the voxels are, if they are not here
 _LOCK = "lock"
+# Room for what is written later: staged.json and motion.npz with its reference and masks.
+_ROOM = "room"
+_ROOM_BYTES, _ROOM_BYTES_A_VOXEL, _ROOM_BYTES_A_VOLUME = 1 << 18, 10, 1 << 10
 _SINGLE = "run-"
 DEFAULTS = RealignSettings()
 _CHUNK_BYTES = 1 << 20
@@ -44,6 +47,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _TR_TOLERANCE_S = 1e-3
 # A longer repetition time is milliseconds under a header that says seconds.
 _LONGEST_TR_S = 100.0
+# A shorter one is seconds under a header that says milliseconds.
+_SHORTEST_TR_S = 0.03
 # Deflate cannot do better than this (1032), so a header that promises more is wrong.
 _MOST_GZIP_RATIO = 1040
 
@@ -90,17 +95,17 @@ def stage_run(
     stage_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     metadata = origin.metadata(source, run)
     stamp = _checked_stamp(source, run)
-    chunks = _Chunks(source, run)
+    chunks = Chunks(source, run)
     layout = parse_layout(chunks.peek(HEADER_BYTES), run, settings.affine_source)
     check_run_shape(layout, run, settings.in_plane)
     warnings = check_units(layout, run)
-    _refuse_impossible_size(layout, stamp.bytes, run)
+    refuse_impossible_size(layout, stamp.bytes, run)
     voxels_dir = _reserve(stage_dir, layout, settings, run)
     try:
         _write_voxels(chunks, voxels_dir / STAGED_VOXELS, layout, run)
         volumes = map_volumes(voxels_dir / STAGED_VOXELS, layout)
         warnings += check_signal(volumes, run)
-        n_dummy = _dummy_volumes(volumes, settings, run)
+        n_dummy = _dummy_volumes(volumes, layout, settings, run)
         tr_s, odd = _repetition_time(layout, metadata, run)
     except BaseException:
         _clear(voxels_dir)
@@ -122,7 +127,25 @@ def stage_run(
         "affine_source": settings.affine_source,
         "voxels_dir": str(voxels_dir),
     }
-    put_private(stage_dir / STAGED, json.dumps(found).encode())
+    put_staged(stage_dir / STAGED, json.dumps(found).encode(), run)
+
+
+def put_staged(path: Path, content: bytes, run: str) -> None:
+    """Write one of a stage directory's small files, into the room that was kept for them.
+
+    Raises
+    ------
+    StageError
+        If there is none left.
+    """
+    (path.parent / _ROOM).unlink(missing_ok=True)
+    try:
+        put_private(path, content)
+    except OSError as error:
+        raise StageError(
+            f"{run}: {path} cannot be written ({error.strerror}); free some room, or choose "
+            "another stage_root"
+        ) from error
 
 
 def remove_stage(stage_dir: Path) -> None:
@@ -160,7 +183,9 @@ def claim_stage_root(stage_root: Path) -> None:
             stage_root.chmod(0o700)
     except FileExistsError as error:
         raise StageError(f"stage root {stage_root}: is no folder; remove it") from error
-    except PermissionError as error:
+    except OSError as error:
+        if isinstance(error, StageError):
+            raise
         raise StageError(f"stage root {stage_root}: {error}; choose another stage_root") from error
 
 
@@ -178,7 +203,10 @@ def single_stage_dir(stage_root: Path) -> Iterator[Path]:
     """
     claim_stage_root(stage_root)
     sweep_stage_root(stage_root)
-    made = Path(tempfile.mkdtemp(prefix=".new-", dir=stage_root))
+    try:
+        made = Path(tempfile.mkdtemp(prefix=".new-", dir=stage_root))
+    except OSError as error:
+        raise StageError(f"stage root {stage_root}: {error}; choose another stage_root") from error
     with (made / _LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stage_dir = made.rename(stage_root / f"{_SINGLE}{made.name.removeprefix('.new-')}")
@@ -212,7 +240,7 @@ def sweep_stage_root(stage_root: Path) -> None:
             remove_stage(folder)
 
 
-class _Chunks:
+class Chunks:
     """A file's decompressed bytes, chunk by chunk, while its own bytes are hashed."""
 
     def __init__(self, source: Path, run: str) -> None:
@@ -294,12 +322,15 @@ def _checked_stamp(source: Path, run: str) -> Any:
         )
     try:
         stamp = stamp_of(source)
-        with source.open("rb"):
-            pass
+        if source.is_file():
+            with source.open("rb"):
+                pass
     except OSError as error:
         raise InputError(
             f"{run}: {source} cannot be read ({error.strerror}); check path and permissions"
         ) from error
+    if not source.is_file():
+        raise InputError(f"{run}: {source} is no plain file; needs a .nii or .nii.gz file")
     if stamp.bytes == 0:
         raise InputError(f"{run}: {source.name} is an empty file; copy it again")
     return stamp
@@ -311,8 +342,10 @@ def _reserve(stage_dir: Path, layout: Layout, settings: RealignSettings, run: st
     n_realigned = 4 * int(np.prod(layout.shape, dtype=np.int64)) if is_resliced else 0
     sizes = {STAGED_VOXELS: layout.n_bytes, REALIGNED_VOXELS: n_realigned}
     needed = sum(sizes.values())
+    n_voxels = int(np.prod(layout.shape[:3], dtype=np.int64))
+    room = _ROOM_BYTES + _ROOM_BYTES_A_VOXEL * n_voxels + _ROOM_BYTES_A_VOLUME * layout.shape[3]
     try:
-        _allocate(stage_dir, sizes)
+        _allocate(stage_dir, sizes | {_ROOM: room})
         return stage_dir
     except OSError as error:
         _clear(stage_dir)
@@ -325,17 +358,17 @@ def _reserve(stage_dir: Path, layout: Layout, settings: RealignSettings, run: st
     try:
         (stage_dir / _OVERFLOW).unlink(missing_ok=True)
         (stage_dir / _OVERFLOW).symlink_to(spare)
-        spare.mkdir(mode=0o700, exist_ok=True)
+        claim_stage_root(spare)
         _allocate(spare, sizes)
     except OSError as error:
         _clear(spare)
         _clear(stage_dir)
         raise StageError(
-            f"{run}: {needed / 1e6:.0f} MB needed; neither {stage_dir.parent} ({reason}) nor "
+            f"{run}: {needed / 1e6:.3g} MB needed; neither {stage_dir.parent} ({reason}) nor "
             f"{overflow} ({error.strerror}) has them; free some, or set stage_root or TMPDIR"
         ) from error
     _log.warning(
-        "%s: %.0f MB do not fit in %s (%s); staged in %s instead",
+        "%s: %.3g MB do not fit in %s (%s); staged in %s instead",
         run,
         needed / 1e6,
         stage_dir.parent,
@@ -348,7 +381,7 @@ def _reserve(stage_dir: Path, layout: Layout, settings: RealignSettings, run: st
 def _allocate(folder: Path, sizes: dict[str, int]) -> None:
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     if sum(sizes.values()) > free:  # asked first: a header may claim terabytes
-        raise OSError(28, f"only {free / 1e6:.0f} MB free")
+        raise OSError(28, f"only {free / 1e6:.3g} MB free")
     for name, n_bytes in sizes.items():
         handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
@@ -359,11 +392,11 @@ def _allocate(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in (STAGED_VOXELS, REALIGNED_VOXELS, _OVERFLOW):
+    for name in (STAGED_VOXELS, REALIGNED_VOXELS, _OVERFLOW, _ROOM):
         (folder / name).unlink(missing_ok=True)
 
 
-def _write_voxels(chunks: _Chunks, path: Path, layout: Layout, run: str) -> None:
+def _write_voxels(chunks: Chunks, path: Path, layout: Layout, run: str) -> None:
     n_bytes = 0
     with path.open("r+b") as file:
         for chunk in chunks:
@@ -386,7 +419,7 @@ def map_volumes(path: Path, layout: Layout) -> NDArray[Any]:
     return np.memmap(path, layout.dtype, "r", layout.offset, layout.shape[::-1])
 
 
-def _refuse_impossible_size(layout: Layout, n_file_bytes: int, run: str) -> None:
+def refuse_impossible_size(layout: Layout, n_file_bytes: int, run: str) -> None:
     """Refuse a header that promises more than the file can hold, before taking room for it."""
     if layout.n_bytes > n_file_bytes * _MOST_GZIP_RATIO:
         raise InputError(
@@ -395,9 +428,11 @@ def _refuse_impossible_size(layout: Layout, n_file_bytes: int, run: str) -> None
         )
 
 
-def _dummy_volumes(volumes: NDArray[Any], settings: RealignSettings, run: str) -> int:
+def _dummy_volumes(
+    volumes: NDArray[Any], layout: Layout, settings: RealignSettings, run: str
+) -> int:
     if settings.dummy_scans == "auto":
-        return count_dummies(volumes)
+        return count_dummies(volumes, layout.slope, layout.inter)
     n_dummy = int(settings.dummy_scans)
     if n_dummy > len(volumes) - 2:
         raise InputError(
@@ -433,6 +468,10 @@ def _header_repetition_time(layout: Layout, run: str) -> tuple[float | None, lis
     tr_s = layout.header_tr_s
     if not np.isfinite(tr_s) or tr_s <= 0:
         return None, []
+    if tr_s < _SHORTEST_TR_S:
+        return tr_s * 1000, [
+            f"{run}: a repetition time of {tr_s:g} s by the header's unit must be seconds"
+        ]
     if tr_s < _LONGEST_TR_S:
         return tr_s, []
     return tr_s / 1000, [

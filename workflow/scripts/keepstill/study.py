@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TextIO
 
 from keepstill.bids import Run, Sidecars, filter_runs, index_runs, lone_metadata
 from keepstill.config import Config, effective_config, filters_of, run_table_of, settings_of
-from keepstill.errors import InputError
+from keepstill.errors import InputError, counted
+from keepstill.files import claim_output_dir, refuse_foreign_data_set
 from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
 from keepstill.run_table import read_run_table
 from keepstill.settings import RealignSettings
@@ -22,8 +23,10 @@ from keepstill.stage import (
     remove_stage,
     sweep_stage_root,
 )
+from keepstill.truth import truth_path
 
 RULES = ("stage", "realign", "collect", "page_run")  # in the order a run goes through them
+WAITING = ": waiting for "  # said by a lane, and no error
 ERROR_PREFIX = "keepstill: "  # of an error's line in a log
 EXIT_PREFIX = "exit status "  # of the last line of a failed job's log
 KILLED_PREFIX = "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: "  # MPICH's mpirun
@@ -110,6 +113,13 @@ class Study:
         """Arguments that tell stage_run.py what a run is part of."""
         sidecar = self.runs[run].sidecar
         return ["--sidecar", str(sidecar)] if sidecar else ["--bids-dir", str(self.bids_dir)]
+
+    def truth(self, run: str) -> list[str]:
+        """Arguments that tell page_run.py where the truth of a simulated run is, if it is one."""
+        if self.bids_dir is None:
+            return []
+        path = truth_path(self.bids_dir, self.runs[run].source)
+        return ["--truth", str(path)] if path.is_file() else []
 
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""
@@ -252,15 +262,12 @@ def clear_stage(study: Study, plan: Plan) -> None:
 
 
 def hold_stage(study: Study) -> TextIO:
-    """Claim the study's stage directory for as long as the returned file is open."""
+    """Claim the study's output and stage directories, the latter while the file is open."""
+    claim_output_dir(study.output_dir, "output_dir")
+    refuse_foreign_data_set(study.output_dir, "output_dir")
     claim_stage_root(study.stage_root)
     sweep_stage_root(study.stage_root)
     return hold_stage_dir(study.stage_dir)
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and what it counts: ``1 run``, ``2 runs``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _none_older(made: Iterable[Path], source: Path) -> bool:
@@ -277,7 +284,7 @@ def _failure(log: Path, run: str) -> str | None:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if not lines or not lines[-1].startswith(EXIT_PREFIX):
         return None
-    errors = [line for line in lines if line.startswith(ERROR_PREFIX)]
+    errors = [line for line in lines if line.startswith(ERROR_PREFIX) and WAITING not in line]
     if errors:
         return errors[-1].removeprefix(ERROR_PREFIX).removeprefix(f"{run}: ")
     killed = [line for line in lines if line.startswith(KILLED_PREFIX)]

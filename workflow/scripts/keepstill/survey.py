@@ -40,9 +40,9 @@ def check_signal(volumes: NDArray[Any], run: str) -> list[str]:
     """
     any_finite = False
     for volume in volumes:
-        finite = _numbers(volume)
-        any_finite = any_finite or finite.size > 0
-        if finite.size and finite.min() != finite.max():
+        low, high = extent(volume)
+        any_finite = any_finite or low <= high
+        if low < high:
             break
     else:
         what = "every voxel has one and the same value" if any_finite else "no voxel is a number"
@@ -53,7 +53,7 @@ def check_signal(volumes: NDArray[Any], run: str) -> list[str]:
     return []
 
 
-def count_dummies(volumes: NDArray[Any]) -> int:
+def count_dummies(volumes: NDArray[Any], slope: float = 1.0, inter: float = 0.0) -> int:
     """Number of first volumes that are brighter because magnetisation is not steady yet.
 
     The mean of each of the first 60 volumes is held against the later half of these.
@@ -62,11 +62,13 @@ def count_dummies(volumes: NDArray[Any]) -> int:
     ----------
     volumes : (n, nz, ny, nx)
         As stored, mapped.
+    slope, inter : float
+        Intensity = stored value * slope + inter.
     """
     n = min(len(volumes), _FIRST_VOLUMES)
     if n < 4:
         return 0
-    means = np.array([_mean(volume) for volume in volumes[:n]])
+    means = np.array([_mean(volume) for volume in volumes[:n]]) * slope + inter
     steady = means[n // 2 :]
     middle = float(np.median(steady))
     deviation = _SD_PER_MAD * float(np.median(np.abs(steady - middle)))
@@ -77,13 +79,26 @@ def count_dummies(volumes: NDArray[Any]) -> int:
     return int(np.argmin(bright))
 
 
+def extent(volume: NDArray[Any]) -> tuple[float, float]:
+    """Least and greatest number of a volume, slice by slice; the wrong way round without any."""
+    low, high = np.inf, -np.inf
+    for part in volume:
+        numbers = _numbers(part)
+        if numbers.size:
+            low, high = min(low, float(numbers.min())), max(high, float(numbers.max()))
+    return low, high
+
+
 def _mean(volume: NDArray[Any]) -> float:
-    numbers = _numbers(volume)
-    return float(numbers.mean(dtype=np.float64)) if numbers.size else 0.0
+    total, n = 0.0, 0
+    for part in volume:
+        numbers = _numbers(part)
+        total, n = total + float(numbers.sum(dtype=np.float64)), n + numbers.size
+    return total / n if n else 0.0
 
 
-def _numbers(volume: NDArray[Any]) -> NDArray[Any]:
-    return volume[np.isfinite(volume)] if volume.dtype.kind == "f" else volume
+def _numbers(part: NDArray[Any]) -> NDArray[Any]:
+    return part[np.isfinite(part)] if part.dtype.kind == "f" else part
 
 
 def _has_nan(volume: NDArray[Any]) -> bool:

@@ -35,10 +35,13 @@ def tap_slots(degree: int) -> tuple[int, int]:
 @njit(cache=True, nogil=True)
 def mirror(index: int, size: int) -> int:
     """Index into 0 ... size - 1 of an endless signal mirrored about its first and last sample."""
+    index = abs(index)
+    if index < size:
+        return index
     if size == 1:
         return 0
     period = 2 * size - 2
-    index = abs(index) % period
+    index %= period  # a division: kept to the far side
     return period - index if index >= size else index
 
 
@@ -118,8 +121,7 @@ def filter_rows(
         them, and back.
     """
     n, nx = rows.shape
-    width = out.shape[1]
-    pad = (width - nx) // 2
+    pad = (out.shape[1] - nx) // 2
     for first in range(0, n, block.shape[1]):
         n_rows = min(block.shape[1], n - first)
         for r in range(n_rows):
@@ -129,10 +131,11 @@ def filter_rows(
         for r in range(n_rows):
             for i in range(nx):
                 out[first + r, pad + i] = block[i, r]
-            for i in range(pad):
-                out[first + r, i] = block[mirror(i - pad, nx), r]
-            for i in range(pad + nx, width):
-                out[first + r, i] = block[mirror(i - pad, nx), r]
+        for i in range(2 * pad):
+            there = i if i < pad else nx + i
+            source = mirror(there - pad, nx)
+            for r in range(n_rows):
+                out[first + r, there] = block[source, r]
 
 
 @njit(cache=True, nogil=True)

@@ -1,4 +1,4 @@
-"""Connected parts and dilation of masks."""
+"""Connected parts of masks."""
 
 import numpy as np
 from numba import njit
@@ -40,24 +40,3 @@ def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         if size > best_size:
             best, best_size = label, size
     return ((labels == best) & flat).reshape(mask.shape)
-
-
-@njit(cache=True, nogil=True)
-def dilated(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
-    """(nz, ny, nx) mask grown by `reach` voxels along every axis (a cube, not a ball)."""
-    out = mask
-    for axis in range(3):
-        source = out
-        out = source.copy()
-        n = source.shape[axis]
-        for shift in range(1, min(reach, n - 1) + 1):
-            if axis == 0:
-                out[shift:] |= source[:-shift]
-                out[:-shift] |= source[shift:]
-            elif axis == 1:
-                out[:, shift:] |= source[:, :-shift]
-                out[:, :-shift] |= source[:, shift:]
-            else:
-                out[:, :, shift:] |= source[:, :, :-shift]
-                out[:, :, :-shift] |= source[:, :, shift:]
-    return out

@@ -54,6 +54,7 @@ PIECES = tuple(
     tuple(np.float32(GAINS[degree] * c) for part in parts for pair in part for c in pair)
     for degree, parts in sorted(_EVEN_AND_ODD.items())
 )
+Eighteen = tuple[np.float32, ...]
 Six = tuple[np.uint64, np.uint64, np.uint64, np.uint64, np.uint64, np.uint64]
 
 
@@ -207,6 +208,7 @@ def _pass_x(
     nx, ny = moving.shape[0], moving.shape[1]
     width = (high - low + LANES - 1) // LANES * LANES
     stride = moving.rows.shape[1]
+    pieces = PIECES[moving.degree - 1]
     flat, plane = moving.rows.reshape(-1), room.plane
     for y in range(ny):
         position = along[1] * y + along[2] * z + along[3] + along[0] * low
@@ -224,14 +226,16 @@ def _pass_x(
             flat,
             (origin, 1, 0),
             (distance, slope, last - first),
-            moving.degree,
+            (moving.degree, pieces),
             room.ramp,
         )
         before, after = np.float32(0), np.float32(0)
         if last > first:
             before, after = plane[at + first], plane[at + last - 1]
-        plane[at : at + first] = before
-        plane[at + last : at + width] = after
+        for i in range(first):
+            plane[np.uint64(at + i)] = before
+        for i in range(last, width):
+            plane[np.uint64(at + i)] = after
     filter_lines(plane[: ny * width].reshape(ny, width), moving.poles)
 
 
@@ -248,6 +252,7 @@ def _pass_y(
     low, high = reach
     width = (high - low + LANES - 1) // LANES * LANES
     size = moving.shape[2] * width + LANES
+    pieces = PIECES[moving.degree - 1]
     for slab in range(ys.size):
         position = along[0] * low + along[1] * ys[slab] + along[2] * z + along[3]
         _fill_between(
@@ -256,7 +261,7 @@ def _pass_y(
             room.plane,
             (0, width, moving.shape[1]),
             (position, along[0], high - low),
-            moving.degree,
+            (moving.degree, pieces),
             room.ramp,
         )
 
@@ -276,13 +281,16 @@ def _pass_z(
     nz = moving.shape[2]
     width = (high - low + LANES - 1) // LANES * LANES
     size = nz * width + LANES
+    pieces = PIECES[moving.degree - 1]
     lines = room.slabs[number * size : number * size + nz * width]
     filter_lines(lines.reshape(nz, width), moving.poles)
     for r in range(points.shape[0]):
-        y, z, x, n, at = points[r]
-        first, last = spans[r]
-        out[at : at + first] = 0
-        out[at + last : at + n] = 0
+        y, z, x = points[r, 0], points[r, 1], points[r, 2]
+        n, at, first, last = points[r, 3], points[r, 4], spans[r, 0], spans[r, 1]
+        for i in range(first):
+            out[np.uint64(at + i)] = 0
+        for i in range(last, n):
+            out[np.uint64(at + i)] = 0
         position = along[0] * (x + first) + along[1] * y + along[2] * z + along[3]
         _fill_between(
             room.row,
@@ -290,11 +298,12 @@ def _pass_z(
             room.slabs,
             (number * size + x + first - low, width, nz),
             (position, along[0], last - first),
-            moving.degree,
+            (moving.degree, pieces),
             room.ramp,
         )
+        begin = np.uint64(at + first)
         for i in range(last - first):
-            out[at + first + i] = room.row[i]
+            out[begin + np.uint64(i)] = room.row[i]
 
 
 @njit(nogil=True, inline="always")
@@ -304,7 +313,7 @@ def _fill_between(
     source: NDArray[np.float32],
     rows: tuple[int, int, int],
     line: tuple[float, float, int],
-    degree: int,
+    spline: tuple[int, Eighteen],
     ramp: NDArray[np.float32],
 ) -> None:
     """Spline values between rows of coefficients: output i at row position + i slope.
@@ -321,12 +330,12 @@ def _fill_between(
         0 ... n_rows - 1, or not, if n_rows is 0.
     line : (position, slope, n)
         Of the n outputs.
-    degree : int
+    spline : (degree, pieces)
     ramp : 0, 1, 2 ...
     """
     origin, stride, n_rows = rows
     position, slope, n = line
-    odd = degree % 2
+    odd = spline[0] % 2
     to_middle, to_base = 0.5 * odd, 0.5 * (1 - odd)
     i = 0
     while i < n:
@@ -346,7 +355,7 @@ def _fill_between(
             taps,
             int(length),
             (u, np.float32(slope)),
-            PIECES[degree - 1],
+            spline[1],
             ramp,
         )
         i += int(length)
@@ -384,7 +393,7 @@ def _fill_lanes(
     taps: Six,
     n: int,
     middle: tuple[np.float32, np.float32],
-    pieces: tuple[np.float32, ...],
+    pieces: Eighteen,
     ramp: NDArray[np.float32],
 ) -> None:
     """Spline values of n lanes, rounded up to sixteens; lane q is u + q slope from the middle.

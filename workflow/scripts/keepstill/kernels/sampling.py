@@ -359,19 +359,3 @@ def fill_directly(
                 start[axis] = first[axis] + low * change[axis]
                 step[axis] = change[axis]
             fill_row(row[low:high], coefficients, degree, slots, start, step, work)
-
-
-@njit(cache=True, nogil=True)
-def clear_outside(
-    mask: NDArray[np.bool_],
-    moving_voxel_from_voxel: NDArray[np.float64],
-    moving_shape: tuple[int, int, int],
-) -> None:
-    """Take out of a (nz, ny, nx) mask, in place, the voxels without a source in the field."""
-    nz, ny, nx = mask.shape
-    for k in range(nz):
-        for j in range(ny):
-            start, step = _line(moving_voxel_from_voxel, 0, j, k)
-            low, high = inside_span(start, step, nx, moving_shape)
-            mask[k, j, :low] = False
-            mask[k, j, high:] = False

@@ -1,4 +1,4 @@
-"""The picture of a run's motion, as SVG: four panels over the volumes."""
+"""The picture of a run's motion, as SVG: four panels over the volumes, a fifth with a truth."""
 
 import io
 import re
@@ -15,6 +15,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from keepstill.report.against_truth import TruthError
+from keepstill.report.render import number
 from keepstill.report.run_record import MOTION_COLUMNS, Confounds, RunRecord, consecutive
 
 # Lines: from the colour-blind safe set of Okabe and Ito (2008).
@@ -71,6 +73,8 @@ STYLE: dict[str, object] = {
 }
 
 SMALLEST_RANGE = 0.1  # mm or degrees: a run that lies still shows a flat line, not its noise
+FOUR_PANELS_INCHES, PANEL_INCHES = 9.2, 2.12  # heights: of four panels, of one more
+ABOVE_INCHES, BELOW_INCHES = 0.874, 0.506
 ALL_MARKED = 60  # up to so many volumes each one carries a dot
 
 
@@ -92,7 +96,12 @@ class Panel:
     threshold: float
 
 
-def motion_svg(record: RunRecord, confounds: Confounds) -> str:
+def picture_height(n_panels: int) -> float:
+    """Height of a picture of so many panels, inches."""
+    return FOUR_PANELS_INCHES + (n_panels - 4) * PANEL_INCHES
+
+
+def motion_svg(record: RunRecord, confounds: Confounds, error: TruthError | None = None) -> str:
     """SVG of a run: translations, rotations, framewise displacement and DVARS per volume.
 
     Parameters
@@ -102,6 +111,8 @@ def motion_svg(record: RunRecord, confounds: Confounds) -> str:
     confounds : Confounds
         With the columns `MOTION_COLUMNS`; nothing is drawn at a failed volume, nor what the
         brightness of the first volumes does to DVARS.
+    error : TruthError, optional
+        Has a panel of its own, below.
     """
     shown = {
         name: np.where(confounds.status == "failed", np.nan, confounds.columns[name])
@@ -110,14 +121,19 @@ def motion_svg(record: RunRecord, confounds: Confounds) -> str:
     n_first = len(confounds.non_steady)
     shown["std_dvars"][: n_first + 1 if n_first else 0] = np.nan
     with matplotlib.style.context(STYLE, after_reset=True):
-        figure = Figure(figsize=(10, 9.2))
-        axes = figure.subplots(4, 1, sharex=True)
-        figure.subplots_adjust(left=0.075, right=0.985, top=0.905, bottom=0.055, hspace=0.3)
+        n_panels = 4 if error is None else 5
+        height = picture_height(n_panels)
+        figure = Figure(figsize=(10, height))
+        axes = figure.subplots(n_panels, 1, sharex=True)
+        top, bottom = 1 - ABOVE_INCHES / height, BELOW_INCHES / height
+        figure.subplots_adjust(left=0.075, right=0.985, top=top, bottom=bottom, hspace=0.3)
         _draw_axes_lines(axes[0], "translation", "mm", [shown[f"trans_{i}"] for i in "xyz"])
         degrees = [np.rad2deg(shown[f"rot_{i}"]) for i in "xyz"]
         _draw_axes_lines(axes[1], "rotation", "degrees", degrees)
-        for ax, panel in zip(axes[2:], _panels(record, shown), strict=True):
+        for ax, panel in zip(axes[2:4], _panels(record, shown), strict=True):
             _draw_panel(ax, panel)
+        if error is not None:
+            _draw_error(axes[4], error)
         _mark_status(axes, confounds)
         _finish_volume_axis(axes, len(confounds.status), record.summary["tr_s"])
         figure.align_ylabels(axes)
@@ -177,6 +193,19 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     ax.set_ylim(-0.02 * highest, 1.12 * highest)  # a line at 0 stays off the frame
     _draw_legend(ax)
     _say_if_empty(ax, panel.values)
+
+
+def _draw_error(ax: Axes, error: TruthError) -> None:
+    mean, worst = number(error.mean_mm, 4), number(error.worst_mm, 4)
+    _draw_line(ax, error.volumes_mm, X_LINE, f"mean {mean}, worst {worst}")
+    bound = f"Cramér–Rao bound {number(error.bound_mm, 4)}"
+    ax.axhline(error.bound_mm, color=INK, linewidth=0.9, dashes=(5, 3), label=bound)
+    ax.set_title("error against truth")
+    ax.set_ylabel("mm")
+    highest = np.nanmax(error.volumes_mm, initial=error.bound_mm)
+    ax.set_ylim(-0.02 * highest, 1.12 * highest)
+    _draw_legend(ax)
+    _say_if_empty(ax, error.volumes_mm)
 
 
 def _draw_line(ax: Axes, values: NDArray[np.float64], color: str, label: str | None) -> None:
@@ -256,7 +285,7 @@ def _draw_heading(figure: Figure, run: str, confounds: Confounds) -> None:
     """Write the run's name on top, and below right what the marks in all panels mean."""
     figure.text(
         0.075,
-        0.985,
+        1 - 0.138 / figure.get_figheight(),
         run,
         fontsize=min(12, 900 / len(run)),  # a name of up to 75 letters fits at 12 pt
         fontweight="bold",
@@ -275,7 +304,12 @@ def _draw_heading(figure: Figure, run: str, confounds: Confounds) -> None:
         label = f"× failed volumes: {len(confounds.failed)}"
         handles.append(Patch(facecolor=FAILED_BAND, label=label))
     if handles:
-        figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(0.985, 0.008), ncols=3)
+        figure.legend(
+            handles=handles,
+            loc="lower right",
+            bbox_to_anchor=(0.985, 0.074 / figure.get_figheight()),
+            ncols=3,
+        )
 
 
 def to_svg(figure: Figure, title: str) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.files import put_text
+from keepstill.report.against_truth import TruthError, error_against
 from keepstill.report.render import number, render
 from keepstill.report.run_record import (
     MOTION_COLUMNS,
@@ -24,29 +25,37 @@ FIT_COLUMNS = ("iterations", "cost", "overlap")
 ERROR_COLUMN = "expected_error_mm"
 
 
-def write_run_page(manifest: Path, output_dir: Path) -> None:
+def write_run_page(manifest: Path, output_dir: Path, truth: Path | None = None) -> None:
     """Write ``pages/<run>.html`` below `output_dir`, and its pictures in ``figures``.
+
+    Parameters
+    ----------
+    manifest, output_dir : Path
+    truth : Path, optional
+        True transforms of a simulated run.
 
     Raises
     ------
     InputError
-        If the manifest, or the table of confounds that it names, cannot be read.
+        If the manifest, the table of confounds that it names, or the truth cannot be read.
     """
     # matplotlib: 0.5 s, needed only here
-    from keepstill.report.figures import motion_svg
+    from keepstill.report.figures import motion_svg, picture_height
     from keepstill.report.slices import find_images, slices_svg
 
     record = read_run(manifest)
     confounds = read_confounds(
         output_dir / record.confounds, MOTION_COLUMNS + FIT_COLUMNS, (ERROR_COLUMN,)
     )
+    error = error_against(truth, record, confounds, output_dir) if truth else None
     images = find_images(output_dir, record.outputs)
     page = render(
         "run.html.j2",
         record=record,
-        alternative=describe(record, confounds),
+        alternative=describe(record, confounds, error),
+        picture_height=round(96 * picture_height(5 if error else 4)),
         has_slices=bool(images),
-        figures=_summary_figures(record, confounds),
+        figures=_summary_figures(record, confounds) + _error_figures(error),
         failures=_failures(record, confounds),
         failed_volumes=name_volumes(confounds.failed),
         outlier_volumes=name_volumes(confounds.outliers),
@@ -56,7 +65,7 @@ def write_run_page(manifest: Path, output_dir: Path) -> None:
         manifest_name=manifest.name,
     )
     figures = output_dir / "figures"
-    put_text(figures / f"{record.run}.svg", motion_svg(record, confounds))
+    put_text(figures / f"{record.run}.svg", motion_svg(record, confounds, error))
     if images:
         put_text(figures / f"{record.run}_slices.svg", slices_svg(record.run, images))
     put_text(output_dir / "pages" / f"{record.run}.html", page)
@@ -69,12 +78,17 @@ def name_volumes(volumes: NDArray[np.intp]) -> str:
     )
 
 
-def describe(record: RunRecord, confounds: Confounds) -> str:
+def describe(record: RunRecord, confounds: Confounds, error: TruthError | None = None) -> str:
     """Say what the picture shows, for those who cannot see it."""
     summary = record.summary
+    panels = (
+        "four panels: translation, rotation, framewise displacement and standardised DVARS. "
+        if error is None
+        else "five panels: translation, rotation, framewise displacement, standardised DVARS and "
+        f"error against truth, mean {number(error.mean_mm, 4)} mm. "
+    )
     return (
-        f"Head motion of {record.run} over {len(confounds.status)} volumes in four panels: "
-        "translation, rotation, framewise displacement and standardised DVARS. "
+        f"Head motion of {record.run} over {len(confounds.status)} volumes in {panels}"
         f"Mean framewise displacement {number(summary['mean_fd_mm'], 3)} mm, "
         f"largest {number(summary['max_fd_mm'], 3)} mm; {summary['n_outliers']} outlier volumes; "
         f"failed volumes: {name_volumes(confounds.failed) or 'none'}."
@@ -121,6 +135,17 @@ def _summary_figures(record: RunRecord, confounds: Confounds) -> list[tuple[str,
             f"{number(summary['tsnr_before'], 1)} → {number(summary['tsnr_after'], 1)}",
             "",
         ),
+    ]
+
+
+def _error_figures(error: TruthError | None) -> list[tuple[str, str, str]]:
+    """As `_summary_figures`, of a simulated run's error."""
+    if error is None:
+        return []
+    return [
+        ("Mean error against truth", number(error.mean_mm, 4), "mm"),
+        ("Worst error against truth", number(error.worst_mm, 4), "mm"),
+        ("Cramér–Rao bound of the mean", number(error.bound_mm, 4), "mm"),
     ]
 
 

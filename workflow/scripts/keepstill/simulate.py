@@ -1,0 +1,333 @@
+"""A BIDS study of made-up heads, with the truth of their motion beside it."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from keepstill import __version__, phantom, write
+from keepstill.errors import OutputError, SettingsError
+from keepstill.files import put_text
+from keepstill.phantom.motion import COLUMNS, KINDS
+from keepstill.phantom.run import DROPPED_SIGNAL, Run, task_blocks_s
+from keepstill.sidecars import CODE_URL
+from keepstill.truth import BOUND, BRAIN, TRANSFORMS, TRUTH
+
+BIDS_VERSION = "1.11.0"
+_DEFAULT_VOLUMES = 200
+_INT16_LIMIT = 32767
+
+README = """\
+# A simulated study
+
+Made by `keepstill simulate`; nobody was scanned. Each subject is a head of blobs and shells, moved
+by a known motion, blurred by the scanner's point spread, sampled and given Rician noise.
+
+The truth is in `derivatives/truth`: a rigid transform a volume as ITK text, the same as six numbers
+in a table, and the brain in volume 0. The sidecar of each run holds its settings and the
+Cramér-Rao bound: the mean displacement error over the brain that no unbiased estimate can beat.
+"""
+IGNORED_TRUTH = ("*_xfm.*", "*_timeseries.*")
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What is simulated.
+
+    Attributes
+    ----------
+    subjects, runs : int
+        Number of subjects, and of runs of each.
+    volumes : int or None
+        Of each run; None takes 200, or as many as a file of motion has.
+    seed : int
+    shape : (nx, ny, nz)
+    voxel_mm : (x, y, z)
+    tr_s : float
+    point_spread_voxels : (x, y, z)
+        Full width at half maximum.
+    motion : str
+        ``drift``, ``spikes``, ``steps``, ``still`` or the path of a table.
+    slice_timing : bool
+        Slices are taken one after the other, the even ones first, while the head moves.
+    effects : phantom.Effects
+    """
+
+    subjects: int = 4
+    runs: int = 1
+    volumes: int | None = None
+    seed: int = 1
+    shape: tuple[int, int, int] = (64, 64, 36)
+    voxel_mm: tuple[float, float, float] = (3.4, 3.4, 3.5)
+    tr_s: float = 2.0
+    point_spread_voxels: tuple[float, float, float] = (0.8, 0.8, 0.8)
+    motion: str = "drift"
+    slice_timing: bool = False
+    effects: phantom.Effects = field(default_factory=phantom.Effects)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be simulated, in words."""
+        effects = self.effects
+        for name, value, low, high in (
+            ("subjects", self.subjects, 1, 9999),
+            ("runs", self.runs, 1, 99),
+            ("volumes", self.volumes or 2, 2, 100_000),
+            ("seed", self.seed, 0, 2**63 - 1),
+            ("shape", min(self.shape), 4, 32767),
+            ("voxel-mm", min(self.voxel_mm), 0.5, 20),
+            ("voxel-mm", max(self.voxel_mm), 0.5, 20),
+            ("tr-s", self.tr_s, 0.05, 60),
+            ("point-spread-voxels", min(self.point_spread_voxels), 0.4, 4),
+            ("point-spread-voxels", max(self.point_spread_voxels), 0.4, 4),
+            ("tsnr", effects.tsnr, 1, 1e6),
+            ("activation-percent", effects.activation_percent, 0, 50),
+            ("shading", effects.shading, 0, 1),
+            ("gain-drift", effects.gain_drift, -0.9, 2),
+            ("dropped-slices", effects.dropped_slices, 0, self.shape[2]),
+            ("first-brighter", effects.first_brighter, 0, 10),
+            ("ghost", effects.ghost, 0, 1),
+        ):
+            if not low <= value <= high:
+                raise SettingsError(f"{name}: {value:g} found; needs {low:g} to {high:g}")
+
+    @property
+    def n_volumes(self) -> int:
+        """Number of volumes of a run."""
+        return self.volumes or (_DEFAULT_VOLUMES if self.motion in KINDS else len(self._poses()))
+
+    @property
+    def task(self) -> str:
+        """Label of the task: a block design if cortex is to be active, else rest."""
+        return "blocks" if self.effects.activation_percent else "rest"
+
+    def scanner(self) -> phantom.Scanner:
+        """The scanner, its grid stored LAS about the head."""
+        nz = self.shape[2]
+        order = np.argsort([*range(0, nz, 2), *range(1, nz, 2)])
+        times = tuple(float(t) for t in order * self.tr_s / nz) if self.slice_timing else ()
+        affine = phantom.grid_affine(self.shape, self.voxel_mm)
+        return phantom.Scanner(self.shape, affine, self.point_spread_voxels, self.tr_s, times)
+
+    def poses(self, seed: int) -> NDArray[np.float64]:
+        """Poses of a run's volumes, (n, 4, 4)."""
+        if self.motion in KINDS:
+            return phantom.drawn_poses(self.motion, self.n_volumes, seed)
+        read = self._poses()
+        if len(read) < self.n_volumes:
+            raise SettingsError(
+                f"{self.motion}: motion of {len(read)} volumes found; needs {self.n_volumes}"
+            )
+        return read[: self.n_volumes]
+
+    def _poses(self) -> NDArray[np.float64]:
+        return phantom.read_poses(Path(self.motion))
+
+
+def simulate_study(
+    out: Path, plan: StudyPlan, n_threads: int = 1, on_volume: Callable[[], object] = lambda: None
+) -> None:
+    """Write a study and its truth.
+
+    Parameters
+    ----------
+    out : Path
+        A folder that is not there yet, or empty.
+    plan : StudyPlan
+    n_threads : int
+        The bytes do not depend on it.
+    on_volume : callable
+        Called after each volume.
+
+    Raises
+    ------
+    OutputError, SettingsError, InputError
+    """
+    plan.poses(0)  # a table of motion that is not one shall stop before anything is written
+    with _as_output_error(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OutputError(f"{out}: not an empty folder; choose another one")
+        _describe(out, plan)
+        for subject in range(1, plan.subjects + 1):
+            blur_mm = float(plan.scanner().point_spread_mm.min())
+            head = phantom.fine_head(_seed(plan.seed, subject), blur_mm)
+            for number in range(1, plan.runs + 1):
+                seed = _seed(plan.seed, subject, number)
+                run = phantom.make_run(head, plan.scanner(), plan.poses(seed), plan.effects, seed)
+                place = _Place(out, f"sub-{subject:02d}", f"task-{plan.task}_run-{number}")
+                _write_run(place, plan, run, _volumes(run, n_threads, on_volume))
+
+
+def _seed(*path: int) -> int:
+    """Seed of a subject or a run, apart from all others."""
+    return int(np.random.SeedSequence(path[0], spawn_key=path[1:]).generate_state(1, np.uint64)[0])
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run's files go."""
+
+    out: Path
+    subject: str
+    rest: str
+
+    def raw(self, ending: str) -> Path:
+        return self.out / self.subject / "func" / f"{self.subject}_{self.rest}_{ending}"
+
+    def truth(self, ending: str) -> Path:
+        folder = self.out / TRUTH / self.subject / "func"
+        return folder / f"{self.subject}_{self.rest}_{ending}"
+
+
+def _write_run(
+    place: _Place, plan: StudyPlan, run: Run, volumes: Iterable[NDArray[np.int16]]
+) -> None:
+    bound = phantom.cramer_rao(run)
+    known = {"TemplateKnown": bound.template_known_mm, "NoisyReference": bound.noisy_reference_mm}
+    header = _header(run, (*run.scanner.shape, len(run)), "int16")
+    write.put_nifti(place.raw("bold.nii.gz"), header, (volume.tobytes() for volume in volumes))
+    write.put_json(place.raw("bold.json"), _bold_json(plan, run, known))
+    if plan.effects.activation_percent:
+        blocks = task_blocks_s(run.scanner, len(run))
+        events: dict[str, list[Any]] = {"onset": [onset for onset, _ in blocks]}
+        events["duration"] = [duration for _, duration in blocks]
+        events["trial_type"] = ["task"] * len(blocks)
+        write.put_table(place.raw("events.tsv"), events)
+    _write_truth(place, run, known)
+
+
+def _write_truth(place: _Place, run: Run, bound_mm: dict[str, float]) -> None:
+    raw = f"bids:raw:{place.raw('bold.nii.gz').relative_to(place.out).as_posix()}"
+    common = {"Sources": [raw], BOUND: bound_mm}
+    transforms = place.truth(TRANSFORMS)
+    put_text(transforms, write.itk_transforms(run.truth))
+    write.put_json(transforms.with_suffix(".json"), common | TRANSFORMS_JSON)
+    table = place.truth("desc-truth_timeseries.tsv")
+    numbers = np.array([phantom.numbers_of(matrix) for matrix in run.truth])
+    columns: dict[str, Any] = {name: numbers[:, i].tolist() for i, name in enumerate(COLUMNS)}
+    columns["gain"] = run.gains.tolist()
+    columns["dropped_slices"] = (run.lost < 1).sum(axis=1).tolist()
+    write.put_table(table, columns)
+    write.put_json(table.with_suffix(".json"), common | TABLE_JSON)
+    mask = place.truth(BRAIN)
+    write.put_volume(mask, _header(run, run.scanner.shape, "uint8"), _brain(run))
+    write.put_json(place.truth("desc-brain_mask.json"), {"Sources": [raw], "Type": "Brain"})
+
+
+def _brain(run: Run) -> NDArray[np.uint8]:
+    """Mask of the brain in volume 0, (nz, ny, nx)."""
+    mask = np.zeros(run.scanner.shape[::-1], np.uint8)
+    voxel = np.linalg.inv(run.affine)[:3] @ np.c_[run.brain_mm, np.ones(len(run.brain_mm))].T
+    x, y, z = np.rint(voxel).astype(int)
+    mask[z, y, x] = 1
+    return mask
+
+
+TRANSFORMS_JSON = {
+    "Format": "ITK text, one affine transform a volume, in the order of the volumes",
+    "Direction": "a point of volume 0 -> the point of the volume (pull)",
+    "CoordinateSystem": "LPS+ (ITK)",
+    "TranslationUnits": "mm",
+    "RotationCentre": "world origin",
+}
+_TURN = "volume 0 -> volume, RAS+, about the world origin; first x, then y, then z, then the shift"
+TABLE_JSON: dict[str, Any] = {
+    **{f"trans_{axis}": {"Description": f"Shift along {axis}: {_TURN}", "Units": "mm"}
+       for axis in "xyz"},
+    **{f"rot_{axis}": {"Description": f"Turn about {axis}: {_TURN}", "Units": "rad"}
+       for axis in "xyz"},
+    "gain": {"Description": "Factor on the signal"},
+    "dropped_slices": {
+        "Description": f"Number of slices that keep {DROPPED_SIGNAL:g} of their signal"
+    },
+}  # fmt: skip
+
+
+def _bold_json(plan: StudyPlan, run: Run, bound_mm: dict[str, float]) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "TaskName": plan.task,
+        "TaskDescription": "20 s of rest and 20 s of task in turn"
+        if plan.effects.activation_percent
+        else "No task",
+        "RepetitionTime": plan.tr_s,
+        "PhaseEncodingDirection": "j",
+        "MagneticFieldStrength": 3,
+        "Manufacturer": "keepstill",
+        "Simulation": asdict(plan.effects)
+        | {
+            "seed": run.seed,
+            "motion": plan.motion if plan.motion in KINDS else Path(plan.motion).name,
+            "point_spread_voxels": list(plan.point_spread_voxels),
+            "noise_sd": run.noise_sd,
+        },
+        BOUND: bound_mm,
+    }
+    if run.scanner.slice_times_s:
+        values["SliceTiming"] = list(run.scanner.slice_times_s)
+    return values
+
+
+def _header(run: Run, shape: tuple[int, ...], dtype: str) -> Any:
+    header = nib.Nifti1Header()
+    header.set_data_dtype(dtype)
+    header.set_data_shape(shape)
+    header.set_qform(run.affine, 1)
+    header.set_sform(run.affine, 1)
+    header.set_xyzt_units("mm", "sec")
+    header["pixdim"][4] = run.scanner.tr_s if len(shape) == 4 else 0
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    return header
+
+
+def _volumes(
+    run: Run, n_threads: int, on_volume: Callable[[], object]
+) -> Iterator[NDArray[np.int16]]:
+    """Volumes in order, as many under way as there are threads."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        waiting: list[Any] = []
+        for t in range(len(run) + n_threads):
+            if t < len(run):
+                waiting.append(pool.submit(_whole_numbers, run, t))
+            if t >= n_threads:
+                yield waiting.pop(0).result()
+                on_volume()
+
+
+def _whole_numbers(run: Run, t: int) -> NDArray[np.int16]:
+    return np.rint(phantom.volume_of(run, t)).clip(0, _INT16_LIMIT).astype(np.int16)
+
+
+def _describe(out: Path, plan: StudyPlan) -> None:
+    """What every data set has: its description, a README, its participants."""
+    made_by = [{"Name": "keepstill simulate", "Version": __version__, "CodeURL": CODE_URL}]
+    common = {"BIDSVersion": BIDS_VERSION, "GeneratedBy": made_by, "License": "CC0"}
+    raw = {"Name": "Simulated study", "DatasetType": "raw", "Authors": ["keepstill simulate"]}
+    write.put_json(out / "dataset_description.json", common | raw)
+    truth = {"Name": "Truth of a simulated study", "DatasetType": "derivative"}
+    links = {"DatasetLinks": {"raw": "../.."}, "SourceDatasets": [{"URL": "../.."}]}
+    write.put_json(out / TRUTH / "dataset_description.json", common | truth | links)
+    put_text(out / TRUTH / ".bidsignore", "\n".join(IGNORED_TRUTH) + "\n")
+    put_text(out / "README.md", README)
+    names = [f"sub-{subject:02d}" for subject in range(1, plan.subjects + 1)]
+    seeds = [str(_seed(plan.seed, subject)) for subject in range(1, plan.subjects + 1)]
+    write.put_table(out / "participants.tsv", {"participant_id": names, "head_seed": seeds})
+    write.put_json(
+        out / "participants.json",
+        {"head_seed": {"Description": "Seed that the participant's head was drawn from"}},
+    )
+
+
+@contextlib.contextmanager
+def _as_output_error(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror or error})") from error

@@ -160,7 +160,7 @@ TABLES = (
 
 def refused(kind, config, tmp_path):
     """Row of a study that is refused before anything starts."""
-    given = config | {"output_dir": str(tmp_path / "out")}
+    given = config | {"output_dir": str(tmp_path / "derivatives" / "out")}
     shipped, _ = load_config([], [], CLONE)
     with pytest.raises(KeepstillError) as caught:
         read_study(shipped | given, given, CLONE)

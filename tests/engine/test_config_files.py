@@ -75,7 +75,6 @@ def test_the_effective_configuration_is_printed(
     monkeypatch.chdir(own.parent)
     shipped = yaml.safe_load((CLONE / "config" / "config.yaml").read_text(encoding="utf-8"))
     found = effective(capsys, "--config", str(own), "output_dir=out", "participants=[01]")
-    assert list(found) == list(shipped)
     assert found == shipped | {
         "bids_dir": str(CLONE / shipped["bids_dir"]),
         "output_dir": str(own.parent / "out"),

@@ -7,12 +7,18 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 import inputs
+from keepstill.bids import derivative_folder
+from keepstill.config_files import load_config
 from keepstill.errors import KeepstillError
 from keepstill.settings import RealignSettings
 from keepstill.stage import STAGED, stage_run
+from keepstill.study import read_study
 
-PAGE = Path(__file__).parents[2] / "docs" / "inputs.md"
+CLONE = Path(__file__).parents[2]
+PAGE = CLONE / "docs" / "inputs.md"
 HEAD = """\
 # What happens to each kind of input
 
@@ -122,13 +128,63 @@ ALSO = (
         "refused",
         "DIR is a data set that keepstill did not make; choose another folder",
     ),
-    (
-        "no matching run",
-        "refused, with what was found and the filter that removed it",
-        "N runs found, N left before tasks LABEL, none after; widen that filter",
-    ),
-    ("two files for one run", "refused", "two files found, FILE and FILE; remove one"),
 )
+STUDIES_HEAD = """
+## Studies, tables of runs, configurations
+
+Found before anything starts: one line on the terminal, exit status 2, and no run is begun.
+
+| what is wrong | message |
+|---|---|
+"""
+BOLD = ("sub-01_task-nback_bold.nii.gz", "sub-02_task-rest_bold.nii.gz")
+# What is wrong, the files of the study, the configuration.
+STUDIES = (
+    ("no BOLD run", ("sub-01_T1w.nii.gz",), {}),
+    ("a label that no run has", BOLD, {"tasks": ["nbak"]}),
+    ("filters that leave nothing", BOLD, {"participants": ["01"], "tasks": ["rest"]}),
+    ("two files for one run", (*BOLD, "sub-02_task-rest_bold.nii"), {}),
+    ("phase images alone", ("sub-01_task-rest_part-phase_bold.nii.gz",), {}),
+    ("a key that is misspelt", BOLD, {"participant": ["01"]}),
+    ("a value out of range", BOLD, {"interpolation_degree": 9}),
+    ("a reference that is not there", BOLD, {"reference": "mean.nii"}),
+)
+# What is wrong, and the table.
+TABLES = (
+    ("table: unknown column", "path\tsubjects\n"),
+    ("table: missing file", "path\tsubject\na.nii.gz\t01\nb.nii.gz\t02\n"),
+    ("table: two lines for one name", "path\tsubject\na.nii.gz\t01\na.nii.gz\t01\n"),
+    ("table: label that does not fit", "path\tsubject\na.nii.gz\t0_1\n"),
+)
+
+
+def refused(kind, config, tmp_path):
+    """Row of a study that is refused before anything starts."""
+    given = config | {"output_dir": str(tmp_path / "derivatives" / "out")}
+    shipped, _ = load_config([], [], CLONE)
+    with pytest.raises(KeepstillError) as caught:
+        read_study(shipped | given, given, CLONE)
+    message = str(caught.value).replace(str(tmp_path), "…")
+    return f"| {kind} | `{message}` |\n"
+
+
+def study_row(kind, files, config, tmp_path):
+    for name in files:
+        path = tmp_path / derivative_folder(name) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "dataset_description.json").write_text("{}")
+    config = dict(config)
+    if "reference" in config:
+        config["reference"] = str(tmp_path / config["reference"])
+    return refused(kind, config | {"bids_dir": str(tmp_path)}, tmp_path)
+
+
+def table_row(kind, text, tmp_path):
+    tmp_path.mkdir()
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "runs.tsv").write_text(text)
+    return refused(kind, {"runs": str(tmp_path / "runs.tsv")}, tmp_path)
 
 
 def row(kind, make, tmp_path):
@@ -147,6 +203,11 @@ def row(kind, make, tmp_path):
 def test_the_page_says_what_happens(tmp_path):
     rows = [row(kind, make, tmp_path / str(i)) for i, (kind, make) in enumerate(ROWS)]
     rows += [f"| {kind} | {happens} | {said and f'`{said}`'} |\n" for kind, happens, said in ALSO]
+    rows.append(STUDIES_HEAD)
+    for i, (kind, files, config) in enumerate(STUDIES):
+        rows.append(study_row(kind, files, config, tmp_path / f"study-{i}"))
+    for i, (kind, text) in enumerate(TABLES):
+        rows.append(table_row(kind, text, tmp_path / f"table-{i}"))
     page = HEAD + "".join(rows)
     if os.environ.get("KEEPSTILL_WRITE_DOCS"):
         PAGE.write_text(page)

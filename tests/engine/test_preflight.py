@@ -54,6 +54,21 @@ def huge(path: Path) -> None:
     path.write_bytes(header.binaryblock + bytes(4))
 
 
+def mistyped(path: Path, code: int) -> Path:
+    """A good file with another data type code (nifti1.h)."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[70:72] = code.to_bytes(2, "little")
+    path.write_bytes(content)
+    return path
+
+
+def stretched(path: Path) -> None:
+    """A NIfTI-2 file whose axes are 1e200 mm long."""
+    image = nib.Nifti2Image(np.zeros((4, 4, 4, 2), np.int16), None)
+    image.header["sform_code"], image.header["srow_x"], image.header["vox_offset"] = 1, 1e200, 544
+    path.write_bytes(image.header.binaryblock + bytes(1000))
+
+
 BROKEN: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("this is no image"),
@@ -62,6 +77,9 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "damaged stream": lambda path: path.write_bytes(path.read_bytes()[:12] + b"\xff" * 400),
     "gzip of nothing": lambda path: path.write_bytes(gzip.compress(b"")),
     "gzip of text": lambda path: path.write_bytes(gzip.compress(b"x" * 10_000)),
+    "a data type without a name": lambda path: pack(mistyped(path, code=5)),
+    "a position that overflows": stretched,
+    "a data type that is no number": lambda path: pack(mistyped(path, code=128)),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "missing": lambda path: path.unlink(),
     "a link to nowhere": lambda path: (path.unlink(), path.symlink_to("annex/x")),
@@ -132,12 +150,29 @@ def test_many_unreadable_runs_are_cut_short(made: Study, monkeypatch: pytest.Mon
     assert f"3 runs, {RUNS[0]}, {RUNS[1]} and 1 more; the first: no NIfTI" in told(made)[-1]
 
 
-def test_a_lane_takes_what_stage_takes(made: Study, tmp_path: Path) -> None:
-    needs = study_needs(made, RUNS)
+@pytest.mark.parametrize("reslice", [True, False])
+@pytest.mark.parametrize("reference", ["first", "mean"])
+def test_a_lane_takes_what_stage_takes(
+    made: Study, tmp_path: Path, reference: str, reslice: bool
+) -> None:
+    settings = RealignSettings(reference=reference, reslice=reslice)
+    needs = study_needs(dataclasses.replace(made, settings=settings), RUNS)
     stage_dir = tmp_path / "staged"
-    stage_run(made.runs[RUNS[0]].source, RUNS[0], None, stage_dir)
+    stage_run(made.runs[RUNS[0]].source, RUNS[0], None, stage_dir, settings)
     taken = sum((stage_dir / name).stat().st_size for name in (STAGED_VOXELS, REALIGNED_VOXELS))
     assert needs.lane_bytes == taken
+
+
+def test_the_position_that_counts_is_the_user_s_choice(made: Study) -> None:
+    source = made.runs[RUNS[0]].source
+    image = nib.load(source)
+    apart = image.affine + np.array([[0, 0, 0, 9.0]] + 3 * [[0] * 4])
+    image.set_qform(apart, 1)
+    source.write_bytes(gzip.compress(image.to_bytes()))
+    with pytest.raises(InputError, match="affine_source"):
+        read_layout(source, RUNS[0])
+    chosen = dataclasses.replace(made, settings=RealignSettings(affine_source="qform"))
+    assert study_needs(made, RUNS).unreadable and not study_needs(chosen, RUNS).unreadable
 
 
 def test_the_settings_count(made: Study, tmp_path: Path) -> None:
@@ -158,7 +193,7 @@ def test_the_settings_count(made: Study, tmp_path: Path) -> None:
 
 
 def test_a_standard_run_takes_what_was_measured() -> None:
-    """64 x 64 x 36 x 200: 101 MB written, 8.4 CPU s with all steps, 177 MB in memory."""
+    """64 x 64 x 36 x 200: 103 MB written, 6.3 CPU s with all steps, 177 MB in memory."""
     header = nib.Nifti1Header()
     header.set_data_dtype("int16")
     header.set_data_shape((64, 64, 36, 200))
@@ -166,8 +201,8 @@ def test_a_standard_run_takes_what_was_measured() -> None:
     header["vox_offset"], header["magic"] = 352, b"n+1"
     layout = engine_preflight.parse_layout(header.binaryblock, "x")
     needs = run_needs(layout, RealignSettings())
-    assert 101e6 < needs.output_bytes < 115e6
-    assert needs.cpu_s == pytest.approx(8.4, abs=0.1)
+    assert 103e6 < needs.output_bytes < 115e6
+    assert needs.cpu_s == pytest.approx(6.3, abs=0.1)
     assert needs.lane_bytes == pytest.approx(177e6, rel=0.01)
 
 
@@ -206,7 +241,7 @@ def test_keepstill_plan_tells_it_and_changes_nothing(
     assert first == "2 runs found, 0 complete, 2 to do"
     assert output.startswith("output: less than 0.01 GB, ") and f"in {made.output_dir}" in output
     assert memory.startswith("shared memory: less than 0.01 GB a lane, ")
-    assert time == "time: about 0.1 CPU minutes"
+    assert time.startswith("time: about 0.") and time.endswith(" CPU minutes")
     assert not made.output_dir.exists() and not list(stage_root.iterdir())
 
 

@@ -154,7 +154,7 @@ def test_metadata_are_those_of_the_json_and_the_task(tmp_path: Path) -> None:
     assert lone_metadata(note, "sub-1_task-rest") == {"TaskName": "At rest"}
     note.unlink()
     note.symlink_to("gone.json")
-    with pytest.raises(InputError, match="not readable as JSON"):
+    with pytest.raises(InputError, match="not there; fetch it"):
         lone_metadata(note, "sub-1_task-rest")
 
 

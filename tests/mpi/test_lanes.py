@@ -7,6 +7,7 @@ nor tests beside it can make it wait.
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -439,3 +440,15 @@ sys.stdin.read()
     lease = lease_cores(n_cores, wait_s=PATIENCE_S)
     assert int(cores) in lease.cores
     lease.release()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "n_ranks", "command"),
+    [
+        ("mpirun", 1, "python"),
+        ("", 1, "python"),
+        ("srun --mpi=pmi2", 3, "srun --mpi=pmi2 -n 3 --bind 'a b' python -m mpi4py"),
+    ],
+)
+def test_one_rank_needs_no_launcher(launcher, n_ranks, command):
+    assert lanes.launch_command(launcher, "--bind 'a b'", n_ranks) == shlex.split(command)

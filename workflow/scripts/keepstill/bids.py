@@ -148,16 +148,17 @@ def index_runs(bids_dir: Path, filters: Filters | None = None) -> list[Run]:
     InputError
         If there is no run, a label matches none, or one name stands for two files.
     """
-    found = sorted((_run(path) for path in _bold_paths(bids_dir)), key=lambda run: run.name)
-    runs = [run for run in found if run.entities.get("part") != "phase"]
-    if not runs:
+    runs = (_run(path) for path in _bold_paths(bids_dir))
+    found = sorted(runs, key=lambda run: (run.name, run.source))
+    kept = [run for run in found if run.entities.get("part") != "phase"]
+    if not kept:
         raise InputError(
             f"{bids_dir}: only phase images found ({len(found)}, part-phase), which are never "
             "realigned by themselves; add the magnitude images"
         )
-    runs = filter_runs(runs, filters or {}, bids_dir)
-    _refuse_twins(runs)
-    return runs
+    kept = filter_runs(kept, filters or {}, bids_dir)
+    _refuse_twins(kept)
+    return kept
 
 
 def filter_runs(runs: Sequence[Run], filters: Filters, where: Path) -> list[Run]:

@@ -123,7 +123,8 @@ def parse_layout(first_bytes: bytes, run: str, affine_source: str = "auto") -> L
     if not HEADER_BYTES - 192 <= offset <= 2**31:
         raise InputError(f"{run}: voxels begin at byte {offset:g}; the header is damaged")
     slope, inter = _scaling(header, run)
-    affine = _affine(header, tuple(sizes), affine_source, run)
+    with np.errstate(all="ignore"):  # what overflows is refused as damaged
+        affine = _affine(header, tuple(sizes), affine_source, run)
     return Layout(
         header=header,
         shape=tuple(sizes),

@@ -46,7 +46,7 @@ def good():
         return first.read_bytes(), second.read_bytes()
 
 
-def read_or_refuse(name, content, sidecar):
+def check_read_or_refused(name, content, sidecar):
     """Stage and open; anything but a good read or a KeepstillError fails the test."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / name
@@ -84,7 +84,7 @@ def flipped(content, changes, within):
 @fuzzed
 def test_damaged_headers(good, changes, second, cut):
     content = flipped(good[second], changes, within=544 if second else 352)
-    read_or_refuse("a_bold.nii", content[:cut], b'{"RepetitionTime": 2}')
+    check_read_or_refused("a_bold.nii", content[:cut], b'{"RepetitionTime": 2}')
 
 
 @given(flips, st.one_of(st.none(), st.integers(0, 1500)), st.binary(max_size=40))
@@ -92,7 +92,7 @@ def test_damaged_headers(good, changes, second, cut):
 def test_damaged_gzip_streams(good, changes, cut, tail):
     packed = gzip.compress(good[0], mtime=0)
     content = flipped(packed, changes, within=len(packed))[:cut] + tail
-    read_or_refuse("a_bold.nii.gz", content, b"{}")
+    check_read_or_refused("a_bold.nii.gz", content, b"{}")
 
 
 json_like = st.recursive(
@@ -111,7 +111,7 @@ json_like = st.recursive(
 )
 @fuzzed
 def test_damaged_sidecars(good, sidecar):
-    read_or_refuse("a_bold.nii", good[0], sidecar)
+    check_read_or_refused("a_bold.nii", good[0], sidecar)
 
 
 def test_memory_stays_small(good):

@@ -146,16 +146,22 @@ def test_a_wrong_reference_is_told_once_and_leaves_nothing_staged(ranks, tmp_pat
         assert not list(root.rglob("*"))
 
 
-def test_what_a_killed_call_left_goes_with_the_next(tmp_path):
-    """SIGKILL leaves the staged run; its lock is free, so the next call removes it."""
+def at_work(tmp_path, root):
+    """A call on one process that has staged its run and is realigning it."""
     source = runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(40, (64, 64, 30)))
-    root = tmp_path / "memory"
     root.mkdir()
     command = [sys.executable, "-m", "keepstill", "realign", str(source)]
     command += ["--out", str(tmp_path / "out"), "--stage-root", str(root), "--threads", "1"]
     child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": SCRIPTS})
     while not list(root.glob("*/run-*/staged.json")):
         assert child.poll() is None
+    return child
+
+
+def test_what_a_killed_call_left_goes_with_the_next(tmp_path):
+    """SIGKILL leaves the staged run; its lock is free, so the next call removes it."""
+    root = tmp_path / "memory"
+    child = at_work(tmp_path, root)
     child.kill()
     child.wait()
     left = list(root.glob("*/run-*"))
@@ -167,14 +173,8 @@ def test_what_a_killed_call_left_goes_with_the_next(tmp_path):
 
 
 def test_termination_clears_the_stage(tmp_path):
-    source = runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run(40, (64, 64, 30)))
     root = tmp_path / "memory"
-    root.mkdir()
-    command = [sys.executable, "-m", "keepstill", "realign", str(source)]
-    command += ["--out", str(tmp_path / "out"), "--stage-root", str(root), "--threads", "1"]
-    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": SCRIPTS})
-    while not list(root.glob("*/run-*/staged.json")):
-        assert child.poll() is None
+    child = at_work(tmp_path, root)
     child.terminate()
     assert child.wait(timeout=60) == 143
     assert not list(root.rglob("*"))

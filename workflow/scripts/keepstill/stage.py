@@ -91,7 +91,6 @@ def stage_run(
     """
     source = Path(os.path.abspath(source))
     origin = origin or Origin()
-    bids_dir = origin.data_set(source)
     stage_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     metadata = origin.metadata(source, run)
     stamp = _checked_stamp(source, run)
@@ -113,21 +112,24 @@ def stage_run(
     warnings += odd
     for warning in warnings:
         _log.warning("%s", warning)
-    found = {
+    known: dict[str, Any] = {"tr_s": tr_s, "warnings": warnings, "n_dummy": n_dummy}
+    known |= {"metadata": metadata, "affine_source": settings.affine_source}
+    known["voxels_dir"] = str(voxels_dir)
+    known["input"] = {"sha256": chunks.sha256(), "bytes": stamp.bytes, "stamp": asdict(stamp)}
+    found = _identity(source, run, origin) | known
+    put_staged(stage_dir / STAGED, json.dumps(found).encode(), run)
+
+
+def _identity(source: Path, run: str, origin: Origin) -> dict[str, Any]:
+    """What ``staged.json`` says of where a run comes from and where its outputs go."""
+    bids_dir = origin.data_set(source)
+    return {
         "run": run,
         "folder": origin.folder(run),
         "source": str(source),
         "source_uri": bids_uri(source, bids_dir) if bids_dir else source.name,
         "bids_dir": str(bids_dir) if bids_dir else None,
-        "input": {"sha256": chunks.sha256(), "bytes": stamp.bytes, "stamp": asdict(stamp)},
-        "metadata": metadata,
-        "tr_s": tr_s,
-        "warnings": warnings,
-        "n_dummy": n_dummy,
-        "affine_source": settings.affine_source,
-        "voxels_dir": str(voxels_dir),
     }
-    put_staged(stage_dir / STAGED, json.dumps(found).encode(), run)
 
 
 def put_staged(path: Path, content: bytes, run: str) -> None:

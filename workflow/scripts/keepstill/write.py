@@ -50,7 +50,7 @@ def gzip_member(parts: Iterable[bytes], n_threads: int) -> Iterable[bytes]:
 def _deflated(part: bytes) -> tuple[bytes, int, int]:
     stream = zlib.compressobj(_LEVEL, zlib.DEFLATED, -15, _MEMORY_LEVEL, _STRATEGY)
     deflated = stream.compress(part) + stream.flush(zlib.Z_FULL_FLUSH)
-    return deflated, isal_zlib.crc32(part), len(part)
+    return deflated, zlib.crc32(part), len(part)
 
 
 def _ahead(

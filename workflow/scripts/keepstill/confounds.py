@@ -12,7 +12,7 @@ from keepstill.realigned import Realigned
 Columns = dict[str, NDArray[Any]]
 
 MOTION = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
-FIT = ("status", "iterations", "cost", "overlap", "scale")
+FIT = ("status", "iterations", "cost", "overlap", "scale", "n_lost_slices", "expected_error")
 # fMRIPrep's names for what is derived from each of the six, and its order.
 EXPANSIONS = ("derivative1", "power2", "derivative1_power2")
 NON_STEADY, OUTLIER = "non_steady_state_outlier", "motion_outlier"
@@ -173,6 +173,15 @@ _FIT_COLUMNS: dict[str, Any] = {
     "scale": {
         "Description": "Factor from the volume's intensity to the reference's",
         "Units": "1",
+    },
+    "n_lost_slices": {
+        "Description": "Slices without their signal, which the fit left out",
+        "Units": "1",
+    },
+    "expected_error": {
+        "Description": "Displacement over the head (rms) that the error of the volume's motion is "
+        "below with a probability of 68%, by its residuals",
+        "Units": "mm",
     },
 }
 

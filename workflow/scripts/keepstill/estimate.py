@@ -1,4 +1,4 @@
-"""Motion of one volume, by inverse-compositional Gauss-Newton.
+"""Motion of one volume against the reference, by inverse-compositional Gauss-Newton.
 
 Baker & Matthews 2004 (Int. J. Comput. Vis. 56:221) for a rigid map and an intensity scale: the
 reference's derivatives are computed once, and an iteration samples the moving volume only. Two
@@ -8,14 +8,14 @@ are not smoothed. And points that leave the field of view leave the normal matri
 iteration, or large motion is pulled back towards the identity.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
 from keepstill.kernels.small import product, solution
-from keepstill.kernels.sums import step_sums
+from keepstill.kernels.sums import N_COLUMNS, block_sums, outside_normal, to_residuals
 from keepstill.moving import Asked, Moving, fill_values
 from keepstill.reference import Level, Reference
 from keepstill.settings import EstimateSettings
@@ -33,6 +33,10 @@ _LEAST_OVERLAP = 0.1
 _MOST_UNEXPLAINED = 0.5
 # A scan's intensity scale; beyond it the fit has left the head.
 _SCALE_RANGE = (0.1, 10.0)
+
+
+def _unknown() -> NDArray[np.float64]:
+    return np.full((6, 6), np.nan)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,14 @@ class Estimate:
         Part of the sampling points inside the volume's field of view, 0 to 1.
     scale : float
         Factor that brings the volume's intensity to the reference's.
+    n_lost_slices : int
+        Slices that were left out, since they have lost their signal.
+    covariance : (6, 6) float64
+        Of the error of three shifts (mm) and three rotations (rad) about the reference's centre,
+        by the residuals' variance as if they were noise.
+    covariance_by_blocks : (6, 6) float64
+        The same by how far blocks of points disagree, which shows errors of neighbouring points
+        that are alike.
     """
 
     moving_from_reference: NDArray[np.float64]
@@ -61,6 +73,9 @@ class Estimate:
     cost: float
     overlap: float
     scale: float
+    n_lost_slices: int = 0
+    covariance: NDArray[np.float64] = field(default_factory=_unknown)
+    covariance_by_blocks: NDArray[np.float64] = field(default_factory=_unknown)
 
 
 @dataclass
@@ -105,7 +120,7 @@ def estimate_motion(
         converge, leaves the field of view or finds no signal.
     """
     fit = _Fit(matrix=np.eye(4))
-    frames = _frames(moving_affine, reference)
+    frames = *frames_of(moving_affine, reference), reference.basis
     n_most = settings.max_iterations
     for level in (reference.coarse, reference.fine):
         if not fit.lost:
@@ -123,19 +138,19 @@ def estimate_motion(
         cost=rms / reference.mean_intensity,
         overlap=fit.overlap,
         scale=fit.scale,
+        n_lost_slices=moving.lost_slices.size,
     )
 
 
-def _frames(
+def frames_of(
     moving_affine: NDArray[np.float64], reference: Reference
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Moving voxel <- centred world, centred world <- reference voxel, and the steps' basis."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Moving voxel <- centred world, and centred world <- reference voxel."""
     from_centre = geometry.translation(reference.centre_mm)
     to_centre = geometry.translation(-reference.centre_mm)
     return (
         geometry.compose(geometry.inverse(moving_affine), from_centre),
         geometry.compose(to_centre, reference.affine),
-        reference.basis,
     )
 
 
@@ -152,9 +167,10 @@ def _iterate(
     n_points = int(level.points.rows[:, 3].sum())
     rows = level.points.rows
     values, spans = np.zeros_like(level.points.values), np.zeros((len(rows), 2), np.int64)
-    asked = Asked(rows, spans, level.rough)
+    asked = Asked(rows, spans, level.rough, level.inset_voxels)
     last_mm = 0.0
     fit.next_mm = np.inf
+    everything = np.array([0, len(values)], np.int64)
     for n_steps in range(most_iterations):
         if fit.next_mm <= tolerance_mm:
             return
@@ -162,9 +178,11 @@ def _iterate(
             spans[:, 0], spans[:, 1] = 0, rows[:, 3]
         voxel_from_point = geometry.compose(frames[0], fit.matrix, frames[1])
         fit.n_inside = fill_values(values, asked, moving, voxel_from_point)
-        right, outside, fit.squares = step_sums(level.points, values, spans, fit.scale)
-        step, regular = _step(level.normal - outside, right, basis)
-        fit.overlap = fit.n_inside / n_points
+        to_residuals(values, level.points, spans, fit.scale)
+        sums = block_sums(level.points.test_jacobian, values, everything)[0]
+        normal = level.normal - outside_normal(level.points, spans)
+        step, regular = allowed_step(normal, sums[:N_COLUMNS], basis)
+        fit.squares, fit.overlap = float(sums[N_COLUMNS]), fit.n_inside / n_points
         fit.iterations += 1
         if not _is_sensible(step, regular, fit.overlap):
             fit.lost = True
@@ -182,10 +200,10 @@ def _iterate(
             return
 
 
-def _step(
+def allowed_step(
     normal: NDArray[np.float64], right: NDArray[np.float64], basis: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], bool]:
-    """Step (7, 1) with normal @ step = right, among those that the basis allows."""
+    """Step (8, 1) with normal @ step = right, among those that the basis allows."""
     onto = np.ascontiguousarray(basis.T)
     reduced, regular = solution(
         product(onto, product(normal, basis)), product(onto, right.reshape(-1, 1))

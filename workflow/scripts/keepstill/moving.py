@@ -15,7 +15,12 @@ from keepstill.kernels.bspline import (
     tap_slots,
 )
 from keepstill.kernels.passes import ROW_PAD, Room, Rows, fill_by_passes, passes_of, width_of
-from keepstill.kernels.sampling import fill_directly, fill_unmoved, narrow_spans
+from keepstill.kernels.sampling import (
+    fill_directly,
+    fill_unmoved,
+    leave_out_slices,
+    narrow_spans,
+)
 
 _POLES = {degree: np.array(poles, np.float32) for degree, poles in POLES.items()}
 # Rows that are filtered side by side; more do not fit in the nearest cache of a core.
@@ -29,6 +34,8 @@ _MOST_OBLIQUE, _MOST_OBLIQUE_ROUGH = 0.1, 0.4
 # A map that moves no voxel by more than rounding errors do leaves the voxels as they are.
 _UNMOVED_VOXELS = 1e-9
 _UNMOVED = np.eye(4)
+NO_SLICES = np.zeros(0, np.int64)
+_SHORTEST_AXIS_WITH_INSET = 8
 
 
 class Coefficients:
@@ -85,13 +92,16 @@ class Moving:
         Of its spline, 1 to 5.
     coefficients : Coefficients
         Filled along x.
+    lost_slices : (m,) int64
+        Slices (z) that hold no signal of their own, but what their neighbours let expect.
     is_full : bool
-        Whether they are filled along all three axes too.
+        Whether the coefficients are filled along all three axes too.
     """
 
     volume: NDArray[np.float32]
     degree: int
     coefficients: Coefficients
+    lost_slices: NDArray[np.int64]
     is_full: bool = False
 
     @property
@@ -101,7 +111,12 @@ class Moving:
         return nx, ny, nz
 
 
-def prepare_moving(volume: NDArray[np.float32], degree: int, coefficients: Coefficients) -> Moving:
+def prepare_moving(
+    volume: NDArray[np.float32],
+    degree: int,
+    coefficients: Coefficients,
+    lost_slices: NDArray[np.int64] = NO_SLICES,
+) -> Moving:
     """B-spline of a volume, ready to be sampled.
 
     Parameters
@@ -112,10 +127,12 @@ def prepare_moving(volume: NDArray[np.float32], degree: int, coefficients: Coeff
         1 to 5.
     coefficients : Coefficients
         Overwritten, and held by the result.
+    lost_slices : (m,) int64
+        As in `Moving`.
     """
     rows = volume.reshape(-1, volume.shape[2])
     filter_rows(rows, _POLES[degree], coefficients.rows, coefficients.block)
-    return Moving(volume, degree, coefficients)
+    return Moving(volume, degree, coefficients, lost_slices)
 
 
 @dataclass(frozen=True)
@@ -130,11 +147,16 @@ class Asked:
         First and one past the last point of each row that is asked for.
     rough : bool
         Whether a fast value is better than an accurate one.
+    inset_voxels : float
+        How far points must lie inside the moving field, and inside what its lost slices leave of
+        it: between the last slices, a spline knows what it has on one side only. Short axes have
+        no room for it. None asks for what is seen at all, lost slices and all.
     """
 
     rows: NDArray[np.int64]
     spans: NDArray[np.int64]
     rough: bool = False
+    inset_voxels: float | None = None
 
 
 def fill_values(
@@ -164,7 +186,7 @@ def fill_values(
         Number of values.
     """
     rows, spans, to_moving = asked.rows, asked.spans, moving_voxel_from_voxel
-    n_inside: int = narrow_spans(spans, rows, to_moving, moving.shape)
+    n_inside = narrowed(spans, asked, moving, to_moving)
     if np.abs(to_moving - _UNMOVED).max() * max(moving.shape) < _UNMOVED_VOXELS:
         fill_unmoved(out, rows, spans, moving.volume)
         return n_inside
@@ -174,6 +196,26 @@ def fill_values(
     else:
         _fill_directly(out, asked, moving, to_moving)
     return n_inside
+
+
+def narrowed(
+    spans: NDArray[np.int64], asked: Asked, moving: Moving, to_moving: NDArray[np.float64]
+) -> int:
+    """Cut spans down, in place, to what of `asked` the moving volume shows; number of points."""
+    n_inside: int
+    if asked.inset_voxels is None:
+        n_inside = narrow_spans(spans, asked.rows, to_moving, moving.shape)
+        return n_inside
+    nx, ny, nz = moving.shape
+    inset = _inset(asked, nx), _inset(asked, ny), _inset(asked, nz)
+    n_inside = narrow_spans(spans, asked.rows, to_moving, moving.shape, inset)
+    if moving.lost_slices.size:
+        n_inside = leave_out_slices(spans, asked.rows, to_moving, moving.lost_slices)
+    return n_inside
+
+
+def _inset(asked: Asked, size: int) -> float:
+    return float(asked.inset_voxels or 0.0) if size >= _SHORTEST_AXIS_WITH_INSET else 0.0
 
 
 def _fill_by_passes(

@@ -16,17 +16,25 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 
+from keepstill.error_bars import with_error_bars
 from keepstill.errors import InputError, KeepstillError, LaunchError
+from keepstill.estimate import Estimate
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
     Part,
     Target,
+    Task,
     choose_target,
+    estimate_volumes,
+    finish_volumes,
+    fitted_volumes,
     mean_target,
     merged,
-    realign_volumes,
+    model_volumes,
+    write_residuals,
 )
+from keepstill.run_model import NO_MODEL, RunModel, Team, fit_run_model
 from keepstill.settings import RealignSettings
 from keepstill.stage import MOTION, put_staged
 
@@ -106,6 +114,12 @@ def together(world: Alone | World, work: Callable[[], T]) -> T:
         if met is not None:
             raise met
     return cast(T, value)
+
+
+def together_all(world: Alone | World, work: Callable[[], T]) -> list[T]:
+    """Values of all ranks, on all ranks, of some work that all do; errors as in `together`."""
+    values: list[T] = world.bcast(world.gather(together(world, work)))
+    return values
 
 
 def on_first(world: Alone | World, work: Callable[[], T]) -> T:
@@ -214,22 +228,39 @@ def realign_staged(
     run = open_staged(stage_dir)
     target = together(world, lambda: choose_target(run, settings))
     if settings.reference == "mean":
-        first = _realign_all(run, target, replace(settings, reslice=True), world, crew)
+        resliced = replace(settings, reslice=True)
+        first = _realign_all(Task(run, target, resliced), world, crew)
         estimates = list(first.estimates.values())
         target = together(world, lambda: mean_target(run, target, estimates, settings))
-    found = _realign_all(run, target, settings, world, crew)
+    found = _realign_all(Task(run, target, settings), world, crew)
+    found = replace(found, estimates=with_error_bars(found.estimates))
     on_first(world, lambda: _finish(stage_dir, run, target, found))
 
 
-def _realign_all(
-    run: StagedRun, target: Target, settings: RealignSettings, world: Alone | World, crew: Crew
-) -> Part:
-    mine = share(run.n_volumes, world.size, world.rank)
-    parts = world.gather(
-        together(world, lambda: realign_volumes(run, target, mine, settings, crew))
-    )
-    found: Part = world.bcast(merged(parts or []))
-    return found
+def _realign_all(task: Task, world: Alone | World, crew: Crew) -> Part:
+    mine = share(task.run.n_volumes, world.size, world.rank)
+    quiet = replace(crew, on_volume=lambda t: None)
+    found = merged(together_all(world, lambda: estimate_volumes(task, mine, quiet)))
+    estimates = list(found.estimates.values())
+    model = _fit_model(task, estimates, world, quiet)
+    own = {t: estimates[t] for t in mine}
+    finished = together_all(world, lambda: finish_volumes(task, own, model, crew))
+    return replace(found, estimates={t: e for part in finished for t, e in part.items()})
+
+
+def _fit_model(task: Task, estimates: list[Estimate], world: Alone | World, crew: Crew) -> RunModel:
+    """What the residuals of a run's volumes have in common, the same on all ranks."""
+    chosen = model_volumes(task, estimates)
+    if not chosen:
+        return NO_MODEL
+    slots = {chosen[slot]: slot for slot in share(len(chosen), world.size, world.rank)}
+    written = together_all(world, lambda: write_residuals(task, slots, estimates, crew))
+    spans = {slot: part for parts in written for slot, part in parts.items()}
+    fitted = fitted_volumes(task, [estimates[t] for t in chosen], spans)
+    reference = task.target.reference
+    blocks = share(len(reference.blocks) - 1, world.size, world.rank)
+    team = Team(blocks, crew.n_threads, lambda value: world.bcast(world.gather(value)))
+    return fit_run_model(reference, fitted, task.target.own_grid, team)
 
 
 def _finish(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
@@ -259,6 +290,8 @@ def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
         cost=np.array([e.cost for e in estimates]),
         overlap=np.array([e.overlap for e in estimates]),
         scale=np.array([e.scale for e in estimates]),
+        n_lost_slices=np.array([e.n_lost_slices for e in estimates]),
+        covariance=np.array([e.covariance for e in estimates]),
         reference=reference.volume,
         affine=reference.affine,
         missing=missing,

@@ -52,6 +52,15 @@ class StagedRun:
         """Number of first volumes before the signal was steady."""
         return int(self.found["n_dummy"])
 
+    @property
+    def ghost_axis(self) -> int:
+        """Voxel axis along which an echo-planar image has its ghost: that of phase encoding.
+
+        By the sidecar; y, as nearly everywhere, where it does not say.
+        """
+        direction = str(self.found["metadata"].get("PhaseEncodingDirection", "j"))
+        return {"i": 0, "j": 1, "k": 2}.get(direction[:1], 1)
+
     def volume(self, t: int) -> NDArray[np.float32]:
         """Volume t, (nz, ny, nx) float32, in the units that slope and intercept give.
 

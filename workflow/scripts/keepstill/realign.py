@@ -4,22 +4,35 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from keepstill import geometry
 from keepstill.errors import EmptyVolumeError, InputError
 from keepstill.estimate import Estimate, estimate_motion
+from keepstill.kernels.aliasing import Fitted
+from keepstill.last_step import residuals_of, take_last_step, to_moving_voxel
+from keepstill.lost_slices import filled, find_lost_slices, slice_means
 from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.read import StagedRun, read_volume
-from keepstill.reference import Reference, prepare_reference
+from keepstill.reference import Acquisition, Reference, prepare_reference
 from keepstill.reslice import reslice_volume
+from keepstill.run_model import RunModel
 from keepstill.settings import RealignSettings
 from keepstill.smooth import fill_missing
 
 Progress = Callable[[int], None]
+T = TypeVar("T")
+
+# Volumes that fit worse than this many times the median tell little of what all have in common.
+_WORST_COST = 1.5
+# Seven numbers at each point want more volumes than that.
+_FEWEST_FOR_MODEL = 12
+_AT_REST = Estimate(np.eye(4), "ok", 0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,12 @@ class Crew:
     n_threads: int = 1
     on_volume: Progress = lambda t: None
 
+    def each(self, work: Callable[[int], T], volumes: Iterable[int]) -> dict[int, T]:
+        """Result of some work on each of some volumes."""
+        chosen = list(volumes)
+        with ThreadPoolExecutor(self.n_threads) as pool:
+            return dict(zip(chosen, pool.map(work, chosen), strict=True))
+
 
 @dataclass(frozen=True)
 class Target:
@@ -47,10 +66,22 @@ class Target:
     reference : Reference
     volume : int or None
         The run's own volume that serves as reference, if one does.
+    own_grid : bool
+        Whether the reference has the run's grid.
     """
 
     reference: Reference
     volume: int | None
+    own_grid: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run, what it is realigned to and how."""
+
+    run: StagedRun
+    target: Target
+    settings: RealignSettings
 
 
 @dataclass(frozen=True)
@@ -104,7 +135,10 @@ def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
         except InputError as error:
             raise InputError(f"{run.run}: reference {error}") from error
         name = settings.reference
-    return Target(_prepared(run, (volume, affine, name), settings), t)
+    own_grid = bool(
+        volume.shape == run.voxels.shape[1:] and np.array_equal(affine, run.layout.affine)
+    )
+    return Target(_prepared(run, (volume, affine, name), settings, own_grid), t, own_grid)
 
 
 def _next_with_signal(run: StagedRun, first: int) -> int:
@@ -133,40 +167,117 @@ def mean_target(
         total += realigned[t]
     mean = (total / len(good)).astype(np.float32)
     affine = first.reference.affine
-    return Target(_prepared(run, (mean, affine, "the mean volume"), settings), None)
+    source = mean, affine, "the mean volume"
+    return Target(_prepared(run, source, settings, first.own_grid), None, first.own_grid)
 
 
-def realign_volumes(
-    run: StagedRun,
-    target: Target,
-    volumes: Iterable[int],
-    settings: RealignSettings,
-    crew: Crew,
-) -> Part:
-    """Estimate some of a run's volumes and write them, resliced, at their own offsets.
+def estimate_volumes(task: Task, volumes: Iterable[int], crew: Crew) -> Part:
+    """Estimate some of a run's volumes, but for the last step.
 
     Each volume depends on itself and the reference alone: not on the others, not on who does it.
+    """
+    worker = _Worker(task)
+    return Part(crew.each(worker.estimate, volumes), worker.missing, worker.n_missing)
+
+
+def model_volumes(task: Task, estimates: list[Estimate]) -> list[int]:
+    """Volumes that say what the run's residuals have in common: good ones, evenly over the run.
+
+    Empty where they are too few.
+    """
+    run, n_most = task.run, task.settings.estimate.model_volumes
+    steady = [t for t in range(run.n_dummy, run.n_volumes) if estimates[t].status != "failed"]
+    whole = [t for t in steady if estimates[t].n_lost_slices == 0]
+    costs = [estimates[t].cost for t in whole if estimates[t].status == "ok"]
+    if not costs:
+        return []
+    most = _WORST_COST * float(np.median(costs))
+    good = [t for t in whole if estimates[t].cost <= most]
+    n = min(n_most, len(good))
+    if n < _FEWEST_FOR_MODEL:
+        return []
+    return [good[(2 * i + 1) * len(good) // (2 * n)] for i in range(n)]
+
+
+def write_residuals(
+    task: Task, slots: dict[int, int], estimates: list[Estimate], crew: Crew
+) -> dict[int, NDArray[np.int64]]:
+    """Write residuals of some volumes to slots of the realigned file; their spans, by slot.
+
+    What is there is written over when the volumes are resliced.
 
     Parameters
     ----------
-    run : StagedRun
-    target : Target
-    volumes : iterable of int
-    settings : RealignSettings
+    task : Task
+    slots : dict of int to int
+        Slot of each volume that this rank writes.
+    estimates : list of Estimate
+        Of all volumes.
     crew : Crew
-
-    Returns
-    -------
-    Part
     """
-    worker = _Worker(run, target, settings, crew.on_volume)
-    chosen = list(volumes)
+    worker = _Worker(task)
+    residuals = open_residuals(task.run, task.target)
+
+    def write(t: int) -> NDArray[np.int64]:
+        residuals[slots[t]], spans = worker.residuals(t, estimates[t])
+        return spans
+
+    return {slots[t]: spans for t, spans in crew.each(write, slots).items()}
+
+
+def open_residuals(run: StagedRun, target: Target) -> NDArray[np.float32]:
+    """The realigned file as (n, n_points) float32 of residuals, mapped."""
+    n_points = target.reference.last.points.values.size
+    n_slots = run.realigned_path.stat().st_size // (4 * n_points)
+    mapped = np.memmap(run.realigned_path, np.float32, "r+", 0, (n_slots, n_points))
+    return np.asarray(mapped)
+
+
+def fitted_volumes(
+    task: Task, estimates: list[Estimate], spans: dict[int, NDArray[np.int64]]
+) -> Fitted:
+    """What a run's model is fitted to: residuals in the realigned file, of volumes by slot."""
+    slots = sorted(spans)
+    affine, reference = task.run.layout.affine, task.target.reference
+    maps = [to_moving_voxel(estimate, affine, reference)[:3] for estimate in estimates]
+    return Fitted(
+        residuals=open_residuals(task.run, task.target),
+        slots=np.array(slots, np.int64),
+        spans=np.array([spans[slot] for slot in slots]),
+        maps=np.ascontiguousarray(maps),
+    )
+
+
+def finish_volumes(
+    task: Task, estimates: dict[int, Estimate], model: RunModel, crew: Crew
+) -> dict[int, Estimate]:
+    """Take the last step of some volumes and write them, resliced, at their own offsets.
+
+    All are expressed in the pose of the reference, if that is a volume of the run: what the last
+    step says of it is taken off the others.
+
+    Parameters
+    ----------
+    task : Task
+    estimates : dict of int to Estimate
+        From `estimate_volumes`.
+    model : RunModel
+    crew : Crew
+    """
+    worker, run, target = _Worker(task), task.run, task.target
+    own_pose = np.eye(4)
+    if target.volume is not None:
+        still = worker.last_step(target.volume, _AT_REST, model)
+        own_pose = geometry.inverse(still.moving_from_reference)
     handle = os.open(run.realigned_path, os.O_RDWR)
+
+    def finish(t: int) -> Estimate:
+        estimate = worker.finish(t, estimates[t], model, own_pose, handle)
+        crew.on_volume(t)
+        return estimate
+
     try:
-        with ThreadPoolExecutor(crew.n_threads) as pool:
-            found = pool.map(lambda t: worker.realign(t, handle), chosen)
-            estimates = dict(zip(chosen, found, strict=True))
-        return Part(estimates, worker.missing, worker.n_missing)
+        return crew.each(finish, estimates)
     finally:
         os.close(handle)
 
@@ -180,11 +291,13 @@ def _prepared(
     run: StagedRun,
     source: tuple[NDArray[np.float32], NDArray[np.float64], str],
     settings: RealignSettings,
+    own_grid: bool,
 ) -> Reference:
     volume, affine, name = source
+    acquisition = Acquisition(settings.in_plane, run.ghost_axis if own_grid else None)
     try:
         volume, missing = fill_missing(volume)
-        return prepare_reference(volume, affine, settings.estimate, settings.in_plane, missing)
+        return prepare_reference(volume, affine, settings.estimate, acquisition, missing)
     except EmptyVolumeError as error:
         raise InputError(f"{run.run}: {name}: {error}; choose another reference") from error
 
@@ -192,63 +305,97 @@ def _prepared(
 class _Worker:
     """What one volume needs; each thread has work space of its own."""
 
-    def __init__(
-        self, run: StagedRun, target: Target, settings: RealignSettings, on_volume: Progress
-    ) -> None:
-        self._run, self._target, self._settings = run, target, settings
-        self._on_volume = on_volume
+    def __init__(self, task: Task) -> None:
+        run, target = task.run, task.target
+        self._run, self._target, self._settings = run, target, task.settings
+        self._affine, self._reference = run.layout.affine, target.reference
+        whole = target.reference.volume if target.own_grid else run.volume(run.n_dummy)
+        self._slice_means = slice_means(whole)
         self._local = threading.local()
         self._lock = threading.Lock()
         self.missing: NDArray[np.bool_] | None = None
         self.n_missing = 0
 
-    def realign(self, t: int, handle: int) -> Estimate:
-        """Estimate volume t, reslice it and write it to an open file at its offset."""
-        coefficients, out = self._work_space()
+    def estimate(self, t: int) -> Estimate:
+        """Estimate of volume t, but for its last step."""
         volume, missing = fill_missing(self._run.volume(t))
         if missing is not None and not missing.all():  # a volume without any number fails anyway
             self._note_missing(missing)
-        moving = prepare_moving(volume, self._settings.estimate.degree, coefficients)
-        estimate = self._estimate(t, volume, moving)
+        if t == self._target.volume:
+            return Estimate(np.eye(4), "reference", 0, 0.0, 1.0, 1.0)
+        if volume.min() == volume.max():
+            return Estimate(np.eye(4), "failed", 0, np.nan, 0.0, 1.0)
+        settings = self._settings.estimate
+        return estimate_motion(self._moving(volume), self._affine, self._reference, settings)
+
+    def residuals(
+        self, t: int, estimate: Estimate
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Residuals of volume t at the points of the reference's last level, and their spans."""
+        moving = self._moving(self._volume(t))
+        to_moving = to_moving_voxel(estimate, self._affine, self._reference)
+        return residuals_of(moving, to_moving, self._reference, estimate.scale)
+
+    def last_step(self, t: int, estimate: Estimate, model: RunModel) -> Estimate:
+        """Estimate of volume t after its last step."""
+        moving = self._moving(self._volume(t))
+        return take_last_step(moving, self._affine, self._reference, estimate, model)
+
+    def finish(
+        self,
+        t: int,
+        estimate: Estimate,
+        model: RunModel,
+        own_pose: NDArray[np.float64],
+        handle: int,
+    ) -> Estimate:
+        """Take volume t's last step, reslice it and write it to an open file at its offset."""
+        volume = self._volume(t)
+        moving = self._moving(volume)
+        if estimate.status == "reference":
+            still = take_last_step(moving, self._affine, self._reference, _AT_REST, model)
+            estimate = replace(still, status="reference", moving_from_reference=np.eye(4),
+                               iterations=0, cost=0.0, scale=1.0)  # fmt: skip
+        elif estimate.status == "ok":
+            last = take_last_step(moving, self._affine, self._reference, estimate, model)
+            pose = geometry.compose(last.moving_from_reference, own_pose)
+            estimate = replace(last, moving_from_reference=pose)
         if self._settings.reslice:
-            self._reslice(out, volume, moving, estimate)
+            out = self._reslice(volume, moving, estimate)
             os.pwrite(handle, out.data, t * out.nbytes)
-        self._on_volume(t)
         return estimate
+
+    def _volume(self, t: int) -> NDArray[np.float32]:
+        return fill_missing(self._run.volume(t))[0]
+
+    def _moving(self, volume: NDArray[np.float32]) -> Moving:
+        lost = find_lost_slices(volume, self._slice_means)
+        coefficients, _ = self._work_space()
+        degree = self._settings.estimate.degree
+        return prepare_moving(filled(volume, lost), degree, coefficients, lost)
 
     def _note_missing(self, missing: NDArray[np.bool_]) -> None:
         with self._lock:
             self.missing = missing if self.missing is None else self.missing | missing
             self.n_missing += int(missing.sum())
 
-    def _estimate(self, t: int, volume: NDArray[np.float32], moving: Moving) -> Estimate:
-        if t == self._target.volume:
-            return Estimate(np.eye(4), "reference", 0, 0.0, 1.0, 1.0)
-        if volume.min() == volume.max():
-            return Estimate(np.eye(4), "failed", 0, np.nan, 0.0, 1.0)
-        settings = self._settings.estimate
-        return estimate_motion(moving, self._run.layout.affine, self._target.reference, settings)
-
     def _reslice(
-        self,
-        out: NDArray[np.float32],
-        volume: NDArray[np.float32],
-        moving: Moving,
-        estimate: Estimate,
-    ) -> None:
+        self, volume: NDArray[np.float32], moving: Moving, estimate: Estimate
+    ) -> NDArray[np.float32]:
         if estimate.status == "reference":
-            out[:] = volume
-            return
+            return volume
+        _, out = self._work_space()
         degree = self._settings.interpolation_degree
-        if degree != moving.degree:
+        if degree != moving.degree or moving.lost_slices.size:
             moving = prepare_moving(volume, degree, moving.coefficients)
-        affine = self._target.reference.affine
-        reslice_volume(out, moving, self._run.layout.affine, estimate.moving_from_reference, affine)
+        matrix = estimate.moving_from_reference
+        reslice_volume(out, moving, self._affine, matrix, self._reference.affine)
+        return out
 
     def _work_space(self) -> tuple[Coefficients, NDArray[np.float32]]:
         if not hasattr(self._local, "space"):
             nz, ny, nx = self._run.voxels.shape[1:]
-            out = np.empty(self._target.reference.volume.shape, np.float32)
+            out = np.empty(self._reference.volume.shape, np.float32)
             self._local.space = Coefficients((nz, ny, nx)), out
         space: tuple[Coefficients, NDArray[np.float32]] = self._local.space
         return space

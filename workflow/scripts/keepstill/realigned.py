@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.bids import derivative_folder, derivative_name
+from keepstill.error_bars import expected_errors_mm
 from keepstill.read import StagedRun, open_staged
 from keepstill.settings import RealignSettings
 from keepstill.stage import MOTION
@@ -39,7 +40,8 @@ class Realigned:
     settings : RealignSettings
     moving_from_reference : (n, 4, 4) float64
     per_volume : dict of str to (n,) arrays
-        ``status``, ``iterations``, ``cost``, ``overlap``, ``scale``.
+        ``status``, ``iterations``, ``cost``, ``overlap``, ``scale``, ``n_lost_slices`` and
+        ``expected_error`` (mm).
     reference : (nz, ny, nx) float32
     affine : (4, 4) float64
         World mm from voxel of the reference.
@@ -106,6 +108,10 @@ def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
     reference = arrays.pop("reference")
     shape = (run.n_volumes, *reference.shape)
     series = np.memmap(run.realigned_path, np.float32, "r", 0, shape) if settings.reslice else None
+    of_reference = np.flatnonzero(arrays["status"] == "reference")
+    arrays["expected_error"] = expected_errors_mm(
+        arrays.pop("covariance"), int(of_reference[0]) if of_reference.size else None
+    )
     missing, n_missing = arrays.pop("missing"), int(arrays.pop("n_missing"))
     warnings = list(run.found["warnings"])
     if n_missing:

@@ -1,6 +1,8 @@
 """The reference: what of it every volume is compared with, prepared once a run."""
 
+import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +10,7 @@ from numpy.typing import NDArray
 from keepstill import geometry
 from keepstill.errors import EmptyVolumeError
 from keepstill.kernels.bspline import GAINS, LANES, PAD, POLES, fill_coefficients
-from keepstill.kernels.sums import N_COLUMNS, Points, normal_matrix
+from keepstill.kernels.sums import N_COLUMNS, Points, cross_sums, normal_matrix
 from keepstill.masks import head_mask
 from keepstill.settings import EstimateSettings
 from keepstill.smooth import lowpass, valid_filtered
@@ -24,18 +26,53 @@ _SHORTEST_AXIS_WITH_BORDER = 8
 # Early steps look at the rows of one y in so many, the last ones at all: what is left out is
 # whole slabs of the volume, which then need not be interpolated in y and z.
 _COARSE_STEP = 4
+# Points are taken from so many voxels inside the moving field on; the last step, which goes by
+# finer differences, keeps further away.
+INSET_VOXELS, LAST_INSET_VOXELS = 1.0, 1.5
+# Shading is looked for in what is left below this low-pass, full width at half maximum.
+WIDE_FWHM_VOXELS = 4.0
+# Blocks of points: what ranks and threads share out, and what says how far a volume's parts
+# disagree about its motion.
+_N_BLOCKS = 16
+
+
+class Images(NamedTuple):
+    """An image, its derivatives along world x, y, z (per mm) and its ghost, (nz, ny, nx) each."""
+
+    volume: Volume
+    gradient: list[Volume]
+    ghost: Volume
 
 
 @dataclass(frozen=True)
 class Level:
-    """Sampling points and their normal matrix (7, 7), test_jacobian' jacobian.
+    """Sampling points and their normal matrix (8, 8), test_jacobian' jacobian.
 
-    A rough level is one whose result is a starting point only.
+    A rough level is one whose result is a starting point only. Points are looked at from
+    `inset_voxels` inside the moving field of view on.
     """
 
     points: Points
     normal: NDArray[np.float64]
     rough: bool
+    inset_voxels: float
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """What realignment has to know of how a run was taken.
+
+    Attributes
+    ----------
+    in_plane : bool
+        Whether steps are held to the plane of the grid's first two axes.
+    ghost_axis : int or None
+        Voxel axis (x, y, z as 0, 1, 2) of the reference along which echo-planar images have
+        their ghost, half a field of view away: that of phase encoding. None for no ghost.
+    """
+
+    in_plane: bool = False
+    ghost_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,11 +86,19 @@ class Reference:
         World mm from voxel.
     centre_mm : (3,) float64
         World point that steps turn about: the middle of the sampling points.
-    coarse, fine : Level
-        Sampling points of every fourth y, and all of them.
-    basis : (7, m) float64
-        Steps that are allowed, as combinations of shifts, rotations and intensity: all seven,
-        or within the slice plane two shifts, one rotation and intensity.
+    coarse, fine, last : Level
+        Sampling points of every fourth y; all of them; and all of them with the narrower
+        low-pass of the last step.
+    blocks : (n_blocks + 1,) int64
+        Rows of all points where blocks of about equal numbers of points begin, and where the
+        last one ends: a block holds whole slabs of one y.
+    block_normals : (n_blocks, 8, 8) float64
+        What each block has of the last level's normal matrix.
+    test_normal : (8, 8) float64
+        test_jacobian' test_jacobian over the points of the last level.
+    basis : (8, m) float64
+        Steps that are allowed, as combinations of shifts, rotations, intensity and ghost: all
+        eight, or within the slice plane two shifts, one rotation, intensity and ghost.
     mean_intensity, sd_intensity : float
         Mean and standard deviation of the reference over the sampling points.
     """
@@ -63,16 +108,26 @@ class Reference:
     centre_mm: NDArray[np.float64]
     coarse: Level
     fine: Level
+    last: Level
+    blocks: NDArray[np.int64]
+    block_normals: NDArray[np.float64]
+    test_normal: NDArray[np.float64]
     basis: NDArray[np.float64]
     mean_intensity: float
     sd_intensity: float
+
+    @property
+    def block_points(self) -> NDArray[np.int64]:
+        """Points where blocks begin, and where the last one ends, (n_blocks + 1,)."""
+        begins = np.append(self.last.points.rows[:, 4], self.last.points.values.size)
+        return begins[self.blocks].astype(np.int64)
 
 
 def prepare_reference(
     volume: Volume,
     affine: NDArray[np.float64],
     settings: EstimateSettings,
-    in_plane: bool = False,
+    acquisition: Acquisition = Acquisition(),
     missing: NDArray[np.bool_] | None = None,
 ) -> Reference:
     """Sampling points, Jacobians and normal matrices of a reference volume.
@@ -84,8 +139,7 @@ def prepare_reference(
     affine : (4, 4) float64
         World mm (RAS+) from voxel (x, y, z).
     settings : EstimateSettings
-    in_plane : bool
-        Whether steps are held to the plane of the grid's first two axes.
+    acquisition : Acquisition
     missing : (nz, ny, nx) bool, optional
         Voxels that were no numbers and have been filled.
 
@@ -100,26 +154,86 @@ def prepare_reference(
     if not points_mask.any():
         raise EmptyVolumeError("the reference shows no head: no voxel stands out from background")
     z, y, x = np.nonzero(points_mask)
-    centre_voxel = np.array([x.mean(), y.mean(), z.mean()])
-    centre_mm = geometry.world(affine, centre_voxel)
-    smooth = lowpass(volume, settings.lowpass_fwhm_voxels)
-    gradient = world_gradient(volume, affine)
-    smooth_gradient = world_gradient(smooth, affine)
+    centre_mm = geometry.world(affine, np.array([x.mean(), y.mean(), z.mean()]))
+    ghost = _ghost(volume, acquisition.ghost_axis)
+    plain = Images(volume, world_gradient(volume, affine), ghost)
+    first, last = (
+        _lowpassed(plain, affine, fwhm)
+        for fwhm in (settings.lowpass_fwhm_voxels, settings.last_lowpass_fwhm_voxels)
+    )
+    mean = float(volume[points_mask].mean(dtype=np.float64))
     rows = _rows(points_mask)
-    levels = []
-    for chosen, rough in ((_coarse(rows), True), (rows, False)):
-        points = _points(chosen, (volume, smooth), (gradient, smooth_gradient), affine, centre_mm)
-        levels.append(Level(points, normal_matrix(points), rough))
+    fine = _points(rows, (plain, first), affine, centre_mm)
+    levels = (
+        (_points(_coarse(rows), (plain, first), affine, centre_mm), True, INSET_VOXELS),
+        (fine, False, INSET_VOXELS),
+        (fine._replace(test_jacobian=_jacobian(rows, last, affine, centre_mm)), False,
+         LAST_INSET_VOXELS),
+    )  # fmt: skip
+    coarse, fine_level, last_level = (
+        Level(points, _normal(points, mean), rough, inset) for points, rough, inset in levels
+    )
+    blocks, test = _blocks(rows), last_level.points.test_jacobian
     return Reference(
         volume=volume,
         affine=affine,
         centre_mm=centre_mm,
-        coarse=levels[0],
-        fine=levels[1],
-        basis=_in_plane_basis(affine) if in_plane else np.eye(N_COLUMNS),
-        mean_intensity=float(volume[points_mask].mean(dtype=np.float64)),
+        coarse=coarse,
+        fine=fine_level,
+        last=last_level,
+        blocks=blocks,
+        block_normals=_block_normals(last_level.points, blocks),
+        test_normal=cross_sums(test, test, 0, test.shape[1]),
+        basis=_in_plane_basis(affine) if acquisition.in_plane else np.eye(N_COLUMNS),
+        mean_intensity=mean,
         sd_intensity=float(volume[points_mask].std(dtype=np.float64)),
     )
+
+
+def wide_lowpassed(reference: Reference) -> Points:
+    """The last level's points with values and test Jacobian of a strongly low-passed image."""
+    points, smooth = reference.last.points, lowpass(reference.volume, WIDE_FWHM_VOXELS)
+    rows = points.rows[:, :4]
+    images = Images(smooth, world_gradient(smooth, reference.affine), np.zeros_like(smooth))
+    jacobian = _jacobian(rows, images, reference.affine, reference.centre_mm)
+    jacobian[-1] = points.test_jacobian[-1]
+    return points._replace(values=smooth[_voxels(rows)], test_jacobian=jacobian)
+
+
+def _ghost(volume: Volume, axis: int | None) -> Volume:
+    """The image as its ghost shows it: half a field of view away, come round at the border."""
+    if axis is None or volume.shape[2 - axis] < _SHORTEST_AXIS_WITH_BORDER:
+        return np.zeros_like(volume)
+    return np.roll(volume, volume.shape[2 - axis] // 2, axis=2 - axis)
+
+
+def _lowpassed(images: Images, affine: NDArray[np.float64], fwhm_voxels: float) -> Images:
+    smooth = lowpass(images.volume, fwhm_voxels)
+    return Images(smooth, world_gradient(smooth, affine), lowpass(images.ghost, fwhm_voxels))
+
+
+def _normal(points: Points, mean_intensity: float) -> NDArray[np.float64]:
+    """Normal matrix, in which a ghost that no point shows has a little certainty too."""
+    out: NDArray[np.float64] = normal_matrix(points)
+    out[-1, -1] += mean_intensity**2
+    return out
+
+
+def _block_normals(points: Points, blocks: NDArray[np.int64]) -> NDArray[np.float64]:
+    ends = np.append(points.rows[:, 4], points.values.size)[blocks]
+    test, plain = points.test_jacobian, points.jacobian
+    blocks_between = itertools.pairwise(int(end) for end in ends)
+    return np.array([cross_sums(test, plain, a, b) for a, b in blocks_between])
+
+
+def _blocks(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows where blocks begin: at a new y, each as near as can be to its share of the points."""
+    new_slab = np.flatnonzero(np.diff(rows[:, 0], prepend=-1))
+    ends = np.cumsum(rows[:, 3])
+    before = ends - rows[:, 3]
+    shares = ends[-1] * np.arange(1, _N_BLOCKS) // _N_BLOCKS
+    inner = new_slab[np.minimum(np.searchsorted(before[new_slab], shares), len(new_slab) - 1)]
+    return np.unique(np.concatenate([[0], inner, [len(rows)]])).astype(np.int64)
 
 
 def world_gradient(volume: Volume, affine: NDArray[np.float64]) -> list[Volume]:
@@ -145,10 +259,11 @@ def world_gradient(volume: Volume, affine: NDArray[np.float64]) -> list[Volume]:
 
 
 def _in_plane_basis(affine: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Steps (7, 4) along the grid's x and y, about its z, and of intensity."""
+    """Steps (8, 5) along the grid's x and y, about its z, of intensity and of ghost."""
     axes = affine[:3, :3] / geometry.voxel_sizes_mm(affine)
-    basis = np.zeros((N_COLUMNS, 4))
-    basis[0:3, 0], basis[0:3, 1], basis[3:6, 2], basis[6, 3] = *axes[:, :2].T, axes[:, 2], 1.0
+    basis = np.zeros((N_COLUMNS, 5))
+    basis[0:3, :2], basis[3:6, 2] = axes[:, :2], axes[:, 2]
+    basis[6, 3] = basis[7, 4] = 1.0
     return basis
 
 
@@ -177,25 +292,40 @@ def _coarse(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _points(
     rows: NDArray[np.int64],
-    volumes: tuple[Volume, Volume],
-    gradients: tuple[list[Volume], list[Volume]],
+    images: tuple[Images, Images],
     affine: NDArray[np.float64],
     centre_mm: NDArray[np.float64],
 ) -> Points:
-    """Sampling points of some rows, from (plain, low-passed) volumes and gradients."""
+    """Sampling points of some rows, from plain and low-passed images."""
+    begins = np.cumsum(rows[:, 3]) - rows[:, 3]
+    jacobians = [_jacobian(rows, image, affine, centre_mm) for image in images]
+    values = images[0].volume[_voxels(rows)]
+    return Points(np.column_stack([rows, begins]), values, *jacobians)
+
+
+def _voxels(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """Indices z, y, x of the points of rows."""
     sizes = rows[:, 3]
-    begins = np.cumsum(sizes) - sizes
     row = np.repeat(np.arange(len(rows)), sizes)
-    x = np.arange(row.size) - begins[row] + rows[row, 2]
-    voxels = rows[row, 1], rows[row, 0], x
+    x = np.arange(row.size) - (np.cumsum(sizes) - sizes)[row] + rows[row, 2]
+    return rows[row, 1], rows[row, 0], x
+
+
+def _jacobian(
+    rows: NDArray[np.int64],
+    images: Images,
+    affine: NDArray[np.float64],
+    centre_mm: NDArray[np.float64],
+) -> NDArray[np.float32]:
+    """The eight columns at the points of rows, (8, n)."""
+    voxels = _voxels(rows)
     at = geometry.world(affine, np.stack(voxels[::-1], axis=-1))
     arm = (at - centre_mm).astype(np.float32)
-    jacobians = [np.empty((N_COLUMNS, row.size), np.float32) for _ in volumes]
-    for jacobian, volume, gradient in zip(jacobians, volumes, gradients, strict=True):
-        g = [component[voxels] for component in gradient]
-        jacobian[0:3] = g
-        jacobian[3] = arm[:, 1] * g[2] - arm[:, 2] * g[1]
-        jacobian[4] = arm[:, 2] * g[0] - arm[:, 0] * g[2]
-        jacobian[5] = arm[:, 0] * g[1] - arm[:, 1] * g[0]
-        jacobian[6] = volume[voxels]
-    return Points(np.column_stack([rows, begins]), volumes[0][voxels], *jacobians)
+    g = [component[voxels] for component in images.gradient]
+    out = np.empty((N_COLUMNS, len(arm)), np.float32)
+    out[0:3] = g
+    out[3] = arm[:, 1] * g[2] - arm[:, 2] * g[1]
+    out[4] = arm[:, 2] * g[0] - arm[:, 0] * g[2]
+    out[5] = arm[:, 0] * g[1] - arm[:, 1] * g[0]
+    out[6], out[7] = images.volume[voxels], images.ghost[voxels]
+    return out

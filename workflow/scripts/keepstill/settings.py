@@ -19,10 +19,14 @@ class EstimateSettings:
         Full width at half maximum, in voxels per axis, of the Gaussian that low-passes the
         reference's Jacobian. Narrower lets interpolation error in, wider gives sharp edges away;
         flat between 1.6 and 2.
+    last_lowpass_fwhm_voxels : float
+        The same for the last step, which is taken once aliasing is known: it may be narrower.
     tolerance_mm : float
-        A volume has converged once a step moves the head by less than this (rms, mm).
+        The last step is taken once no more than this (rms, mm) is to be expected of it.
     max_iterations : int
         A volume that has not converged by then is marked as failed.
+    model_volumes : int
+        Aliasing and shading are learnt from at most so many volumes of the run; 0 leaves them.
     min_overlap : float
         Smallest part of the reference's sampling points, 0 to 1, that must lie inside the
         moving volume's field of view.
@@ -30,8 +34,10 @@ class EstimateSettings:
 
     degree: int = 5
     lowpass_fwhm_voxels: float = 1.8
-    tolerance_mm: float = 0.001
+    last_lowpass_fwhm_voxels: float = 1.4
+    tolerance_mm: float = 0.01
     max_iterations: int = 40
+    model_volumes: int = 48
     min_overlap: float = 0.5
 
 

@@ -340,11 +340,11 @@ def _checked_stamp(source: Path, run: str) -> Any:
 
 def _reserve(stage_dir: Path, layout: Layout, settings: RealignSettings, run: str) -> Path:
     """Folder that has room for the run and its result, taken before a byte is written."""
-    is_resliced = settings.reslice or settings.reference == "mean"
-    n_realigned = 4 * int(np.prod(layout.shape, dtype=np.int64)) if is_resliced else 0
-    sizes = {STAGED_VOXELS: layout.n_bytes, REALIGNED_VOXELS: n_realigned}
+    n_voxels, n_volumes = int(np.prod(layout.shape[:3], dtype=np.int64)), layout.shape[3]
+    if not settings.reslice and settings.reference != "mean":  # residuals need room all the same
+        n_volumes = min(n_volumes, settings.estimate.model_volumes)
+    sizes = {STAGED_VOXELS: layout.n_bytes, REALIGNED_VOXELS: 4 * n_voxels * n_volumes}
     needed = sum(sizes.values())
-    n_voxels = int(np.prod(layout.shape[:3], dtype=np.int64))
     room = _ROOM_BYTES + _ROOM_BYTES_A_VOXEL * n_voxels + _ROOM_BYTES_A_VOLUME * layout.shape[3]
     try:
         _allocate(stage_dir, sizes | {_ROOM: room})

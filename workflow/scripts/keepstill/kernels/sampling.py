@@ -55,7 +55,7 @@ def inside_span(
     start: tuple[float, float, float],
     step: tuple[float, float, float],
     n: int,
-    shape: tuple[int, int, int],
+    shape: tuple[float, float, float],
 ) -> tuple[int, int]:
     """First and one past the last of the points start + i step that lie in the field of view.
 
@@ -87,7 +87,7 @@ def _is_inside(
     start: tuple[float, float, float],
     step: tuple[float, float, float],
     i: int,
-    shape: tuple[int, int, int],
+    shape: tuple[float, float, float],
 ) -> bool:
     x, y, z = start[0] + i * step[0], start[1] + i * step[1], start[2] + i * step[2]
     return (
@@ -119,6 +119,7 @@ def narrow_spans(
     rows: NDArray[np.int64],
     moving_voxel_from_voxel: NDArray[np.float64],
     moving_shape: tuple[int, int, int],
+    inset: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> int:
     """Cut spans down, in place, to the points with a source inside the field of view.
 
@@ -131,6 +132,49 @@ def narrow_spans(
     moving_voxel_from_voxel : (4, 4) float64
         Voxel (x, y, z) of the rows' grid -> voxel of the moving volume.
     moving_shape : (nx, ny, nz)
+    inset : (x, y, z)
+        Voxels by which the field is smaller than the volume, at both ends of each axis.
+
+    Returns
+    -------
+    n_inside : int
+        Number of points left.
+    """
+    n_inside = 0
+    smaller = (
+        moving_shape[0] - 2 * inset[0],
+        moving_shape[1] - 2 * inset[1],
+        moving_shape[2] - 2 * inset[2],
+    )
+    for r in range(rows.shape[0]):
+        start, step = _line(moving_voxel_from_voxel, rows[r, 2], rows[r, 0], rows[r, 1])
+        start = (start[0] - inset[0], start[1] - inset[1], start[2] - inset[2])
+        low, high = inside_span(start, step, rows[r, 3], smaller)
+        low, high = max(low, spans[r, 0]), min(high, spans[r, 1])
+        if high <= low:
+            low = high = 0
+        spans[r, 0], spans[r, 1] = low, high
+        n_inside += high - low
+    return n_inside
+
+
+@njit(cache=True, nogil=True)
+def leave_out_slices(
+    spans: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    moving_voxel_from_voxel: NDArray[np.float64],
+    slices: NDArray[np.int64],
+) -> int:
+    """Cut spans down, in place, to points further than a slice from any of some slices.
+
+    Where a slice cuts a row in two, the longer piece is kept.
+
+    Parameters
+    ----------
+    spans, rows, moving_voxel_from_voxel
+        As in `narrow_spans`.
+    slices : (m,) int64
+        z of the moving volume's slices to keep away from.
 
     Returns
     -------
@@ -140,12 +184,18 @@ def narrow_spans(
     n_inside = 0
     for r in range(rows.shape[0]):
         start, step = _line(moving_voxel_from_voxel, rows[r, 2], rows[r, 0], rows[r, 1])
-        low, high = inside_span(start, step, rows[r, 3], moving_shape)
-        low, high = max(low, spans[r, 0]), min(high, spans[r, 1])
-        if high <= low:
-            low = high = 0
-        spans[r, 0], spans[r, 1] = low, high
-        n_inside += high - low
+        best_low, best_high, low = 0, 0, spans[r, 0]
+        for i in range(spans[r, 0], spans[r, 1] + 1):
+            ends = i == spans[r, 1]
+            if not ends:
+                for z in slices:
+                    ends = ends or abs(start[2] + i * step[2] - z) < 1
+            if ends:
+                if i - low > best_high - best_low:
+                    best_low, best_high = low, i
+                low = i + 1
+        spans[r, 0], spans[r, 1] = best_low, best_high
+        n_inside += best_high - best_low
     return n_inside
 
 

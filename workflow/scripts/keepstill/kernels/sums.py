@@ -6,8 +6,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-# Columns of the Jacobian: shifts x, y, z (mm), rotations x, y, z (rad), relative intensity.
-N_COLUMNS = 7
+# Columns of the Jacobian: shifts x, y, z (mm), rotations x, y, z (rad), relative intensity, and
+# the strength of the ghost of echo-planar images, as a part of the image.
+N_COLUMNS = 8
 # Point i is added to lane i % 128 of a sum: the order is fixed, and lanes do not wait for one
 # another.
 SUM_LANES = 128
@@ -23,9 +24,9 @@ class Points(NamedTuple):
         arrays below, one row after the other.
     values : (n,) float32
         The reference's intensity.
-    jacobian : (7, n) float32
-        Its change per mm, rad and unit of relative intensity.
-    test_jacobian : (7, n) float32
+    jacobian : (8, n) float32
+        Its change per mm, rad and unit of relative intensity and of ghost.
+    test_jacobian : (8, n) float32
         The low-passed Jacobian against which residuals are tested.
     """
 
@@ -37,59 +38,90 @@ class Points(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def normal_matrix(points: Points) -> NDArray[np.float64]:
-    """test_jacobian' jacobian over all points, (7, 7) float64."""
-    out = np.zeros((N_COLUMNS, N_COLUMNS))
-    for a in range(N_COLUMNS):
-        for b in range(N_COLUMNS):
+    """test_jacobian' jacobian over all points, (8, 8) float64."""
+    return cross_sums(points.test_jacobian, points.jacobian, 0, points.values.size)
+
+
+@njit(cache=True, nogil=True)
+def cross_sums(
+    left: NDArray[np.float32], right: NDArray[np.float32], first: int, last: int
+) -> NDArray[np.float64]:
+    """Sums left right' over points first ... last - 1 of (p, n) and (q, n), as (p, q) float64."""
+    out = np.zeros((left.shape[0], right.shape[0]))
+    for a in range(left.shape[0]):
+        for b in range(right.shape[0]):
             total = 0.0
-            for i in range(points.values.size):
-                total += np.float64(points.test_jacobian[a, i]) * np.float64(points.jacobian[b, i])
+            for i in range(first, last):
+                total += np.float64(left[a, i]) * np.float64(right[b, i])
             out[a, b] = total
     return out
 
 
 @njit(cache=True, nogil=True)
-def step_sums(
-    points: Points, values: NDArray[np.float32], spans: NDArray[np.int64], scale: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """What one Gauss-Newton step needs, over the points inside the moving field of view.
+def to_residuals(
+    values: NDArray[np.float32], points: Points, spans: NDArray[np.int64], scale: float
+) -> None:
+    """Turn a moving volume's values at the points into residuals, in place.
 
     Parameters
     ----------
-    points : Points
     values : (n,) float32
-        Of the moving volume at the points; residuals afterwards, 0 outside.
+        Afterwards scale * moving - reference, 0 outside the spans.
+    points : Points
     spans : (n_rows, 2) int64
-        First and one past the last point of each row that lies inside.
+        First and one past the last point of each row that lies inside the field of view.
     scale : float
         Factor that brings the moving volume's intensity to the reference's.
-
-    Returns
-    -------
-    right : (7,) float64
-        test_jacobian' (scale * moving - reference).
-    outside : (7, 7) float64
-        test_jacobian' jacobian over the points that lie outside, to be taken off the normal
-        matrix.
-    squares : float
-        Sum of squared residuals.
     """
-    outside = np.zeros((N_COLUMNS, N_COLUMNS))
     factor = np.float32(scale)
     for r in range(points.rows.shape[0]):
         n, first = points.rows[r, 3], points.rows[r, 4]
         low, high = first + spans[r, 0], first + spans[r, 1]
-        _add_outer(outside, points, first, low)
-        _add_outer(outside, points, high, first + n)
         values[first:low] = 0
         values[high : first + n] = 0
         row, reference_row = values[low:high], points.values[low:high]
         for i in range(row.size):
             row[i] = factor * row[i] - reference_row[i]
-    lanes = np.zeros((N_COLUMNS + 1) * SUM_LANES)
-    _add_lanes(lanes, values, points.test_jacobian)
-    totals = _lane_totals(lanes)
-    return totals[:N_COLUMNS], outside, totals[N_COLUMNS]
+
+
+@njit(cache=True, nogil=True)
+def outside_normal(points: Points, spans: NDArray[np.int64]) -> NDArray[np.float64]:
+    """test_jacobian' jacobian over the points outside the spans, (8, 8) float64."""
+    out = np.zeros((N_COLUMNS, N_COLUMNS))
+    for r in range(points.rows.shape[0]):
+        n, first = points.rows[r, 3], points.rows[r, 4]
+        _add_outer(out, points, first, first + spans[r, 0])
+        _add_outer(out, points, first + spans[r, 1], first + n)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def block_sums(
+    columns: NDArray[np.float32], residuals: NDArray[np.float32], blocks: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Sums of residuals times each of some columns, and of their squares, block by block.
+
+    Parameters
+    ----------
+    columns : (p, n) float32
+    residuals : (n,) float32
+    blocks : (n_blocks + 1,) int64
+        Points where blocks begin and the last one ends.
+
+    Returns
+    -------
+    sums : (n_blocks, p + 1) float64
+    """
+    p = columns.shape[0]
+    out = np.zeros((blocks.size - 1, p + 1))
+    lanes = np.empty((p + 1) * SUM_LANES)
+    for block in range(blocks.size - 1):
+        lanes[:] = 0
+        _add_lanes(lanes, residuals, columns, (blocks[block], blocks[block + 1]))
+        for a in range(p + 1):
+            for k in range(SUM_LANES):
+                out[block, a] += lanes[a * SUM_LANES + k]
+    return out
 
 
 @njit(cache=True, nogil=True)
@@ -104,32 +136,26 @@ def _add_outer(out: NDArray[np.float64], points: Points, low: int, high: int) ->
 
 @njit(cache=True, nogil=True)
 def _add_lanes(
-    lanes: NDArray[np.float64], residuals: NDArray[np.float32], jacobian: NDArray[np.float32]
+    lanes: NDArray[np.float64],
+    residuals: NDArray[np.float32],
+    columns: NDArray[np.float32],
+    between: tuple[int, int],
 ) -> None:
-    """Add products of residuals with the seven columns, then with themselves, lane by lane.
+    """Add products of residuals with each column, then with themselves, lane by lane.
 
     Indices are unsigned: a signed one may be negative and would have to be tested in each lane.
     """
-    n = residuals.size
-    columns = jacobian.reshape(-1)
-    for first in range(0, n, SUM_LANES):
+    p, n = columns.shape
+    flat = columns.reshape(-1)
+    for first in range(between[0], between[1], SUM_LANES):
         at = np.uint64(first)
-        n_lanes = min(SUM_LANES, n - first)
-        for a in range(N_COLUMNS):
+        n_lanes = min(SUM_LANES, between[1] - first)
+        for a in range(p):
             column, total = np.uint64(a * n + first), np.uint64(a * SUM_LANES)
             for lane in range(n_lanes):
                 k = np.uint64(lane)
-                lanes[total + k] += np.float64(residuals[at + k]) * np.float64(columns[column + k])
-        total = np.uint64(N_COLUMNS * SUM_LANES)
+                lanes[total + k] += np.float64(residuals[at + k]) * np.float64(flat[column + k])
+        total = np.uint64(p * SUM_LANES)
         for lane in range(n_lanes):
             k = np.uint64(lane)
             lanes[total + k] += np.float64(residuals[at + k]) * np.float64(residuals[at + k])
-
-
-@njit(cache=True, nogil=True)
-def _lane_totals(lanes: NDArray[np.float64]) -> NDArray[np.float64]:
-    out = np.zeros(N_COLUMNS + 1)
-    for a in range(out.size):
-        for k in range(SUM_LANES):
-            out[a] += lanes[a * SUM_LANES + k]
-    return out

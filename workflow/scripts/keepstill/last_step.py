@@ -1,0 +1,152 @@
+"""The last step of each volume, once it is known what a run's volumes have in common."""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepstill import geometry
+from keepstill.estimate import Estimate, allowed_step
+from keepstill.kernels.small import product, solution
+from keepstill.kernels.sums import N_COLUMNS, block_sums, outside_normal, to_residuals
+from keepstill.moving import Asked, Moving, fill_values
+from keepstill.reference import Reference
+from keepstill.run_model import RunModel
+
+Matrix = NDArray[np.float64]
+
+# A volume is registered to a few hundredths of a millimetre by now. Who would go further than
+# this has something wrong with it that the model does not know, and stays where it is.
+_FURTHEST_MM = 0.3
+
+
+def residuals_of(
+    moving: Moving, to_moving: Matrix, reference: Reference, scale: float
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Residuals of a volume at the points of the reference's last level.
+
+    Parameters
+    ----------
+    moving : Moving
+    to_moving : (4, 4) float64
+        Voxel of the reference -> voxel of the volume.
+    reference : Reference
+    scale : float
+        Factor that brings the volume's intensity to the reference's.
+
+    Returns
+    -------
+    residuals : (n,) float32
+        0 outside the spans.
+    spans : (n_rows, 2) int64
+    """
+    level = reference.last
+    rows = level.points.rows
+    spans = np.zeros((len(rows), 2), np.int64)
+    spans[:, 1] = rows[:, 3]
+    out = np.zeros_like(level.points.values)
+    fill_values(out, Asked(rows, spans, level.rough, level.inset_voxels), moving, to_moving)
+    to_residuals(out, level.points, spans, scale)
+    return out, spans
+
+
+def to_moving_voxel(estimate: Estimate, moving_affine: Matrix, reference: Reference) -> Matrix:
+    """Voxel of the reference -> voxel of a volume that was estimated, (4, 4)."""
+    return geometry.compose(
+        geometry.inverse(moving_affine), estimate.moving_from_reference, reference.affine
+    )
+
+
+def take_last_step(
+    moving: Moving,
+    moving_affine: Matrix,
+    reference: Reference,
+    estimate: Estimate,
+    model: RunModel,
+) -> Estimate:
+    """One more Gauss-Newton step, with what the run's model predicts taken off; and its error.
+
+    Parameters
+    ----------
+    moving : Moving
+    moving_affine : (4, 4) float64
+        World mm from voxel of the moving volume.
+    reference : Reference
+    estimate : Estimate
+        From `estimate_motion`; a failed one is returned as it is.
+    model : RunModel
+
+    Returns
+    -------
+    Estimate
+        With covariances. That of the reference itself says by how far its own pose is off what
+        all volumes agree upon.
+
+    Notes
+    -----
+    The step is N^-1 T' r for residuals r, Jacobian J, its low-passed twin T and N = T' J. Noise
+    of variance s^2 makes its covariance s^2 N^-1 T'T N^-T. If residuals of neighbouring points
+    are alike, sums over blocks of points say more: with d_g = T' (r - J step) over block g, it is
+    N^-1 (sum of d_g d_g') N^-T, the cluster-robust estimate (Liang & Zeger 1986, Biometrika
+    73:13), which for few blocks is noisy for one volume and good for the mean over a run.
+    """
+    if estimate.status == "failed":
+        return estimate
+    level = reference.last
+    to_moving = to_moving_voxel(estimate, moving_affine, reference)
+    residuals, spans = residuals_of(moving, to_moving, reference, estimate.scale)
+    model.take_off(residuals, level.points, spans, to_moving)
+    sums = block_sums(level.points.test_jacobian, residuals, reference.block_points)
+    normal = level.normal - outside_normal(level.points, spans)
+    right = _total(sums[:, :N_COLUMNS])
+    step, regular = allowed_step(normal, right, reference.basis)
+    if not regular or geometry.step_size_mm(step[:6, 0]) > _FURTHEST_MM:
+        return estimate
+    n_inside = int((spans[:, 1] - spans[:, 0]).sum())
+    squares = float(_total(sums[:, N_COLUMNS:])[0])
+    variance = squares / max(n_inside - N_COLUMNS, 1)
+    left = sums[:, :N_COLUMNS] - _predicted(reference.block_normals, step)
+    noise, blocks = _covariances(normal, reference, variance, left)
+    turn = geometry.compose(
+        geometry.translation(reference.centre_mm),
+        geometry.inverse(geometry.rigid_step(step[:6, 0])),
+        geometry.translation(-reference.centre_mm),
+    )
+    return replace(
+        estimate,
+        moving_from_reference=geometry.compose(estimate.moving_from_reference, turn),
+        iterations=estimate.iterations + 1,
+        cost=float(np.sqrt(squares / max(n_inside, 1))) / reference.mean_intensity,
+        scale=estimate.scale / (1.0 + float(step[6, 0])),
+        covariance=noise,
+        covariance_by_blocks=blocks,
+    )
+
+
+def _total(sums: Matrix) -> Matrix:
+    """Sum over blocks, in their order."""
+    out = np.zeros(sums.shape[1])
+    for row in sums:
+        out += row
+    return out
+
+
+def _predicted(block_normals: Matrix, step: Matrix) -> Matrix:
+    return np.array([product(normal, step)[:, 0] for normal in block_normals])
+
+
+def _covariances(
+    normal: Matrix, reference: Reference, variance: float, left: Matrix
+) -> tuple[Matrix, Matrix]:
+    """Covariance (6, 6) of the motion by the residuals' variance, and by blocks of points."""
+    basis = reference.basis
+    onto = np.ascontiguousarray(basis.T)
+    inverse, regular = solution(product(onto, product(normal, basis)), onto)
+    if not regular:
+        return np.full((6, 6), np.nan), np.full((6, 6), np.nan)
+    inverse = np.ascontiguousarray(product(basis, inverse)[:6])
+    n = len(left)
+    spread = product(np.ascontiguousarray(left.T), left) * (n / max(n - 1, 1))
+    back = np.ascontiguousarray(inverse.T)
+    noise = product(product(inverse, reference.test_normal * variance), back)
+    return noise, product(product(inverse, spread), back)

@@ -1,0 +1,345 @@
+"""What the volumes of a run have in common beyond the head: aliasing, and the coil's shading.
+
+Sampling at voxels folds detail finer than two voxels down among the coarse, with a phase that
+turns once while the head moves by one voxel. A fit takes part of it for motion. Seen from the
+head, though, it is simple: at a point x of the reference whose source lies at voxel y of a volume,
+detail of a frequency near one cycle a voxel along axis k adds
+
+    a_k(x) cos(2 pi y_k) + b_k(x) sin(2 pi y_k)
+
+to what is expected there, with a_k and b_k fixed to the head. So once volumes are registered, seven
+numbers for each point (a constant, and two for each axis) are a linear fit to their residuals, and
+taking off what they predict leaves the motion that the fold had hidden. Motion and fields
+determine each other and are solved for in turn, sped up by Anderson's method (1965, J. ACM 12:547).
+
+A receive coil's sensitivity stays with the scanner while the head moves through it. Its logarithm
+is taken to be a quadratic polynomial of the scanner's position, nine numbers a run, fitted to low
+frequencies with each volume's own parameters eliminated.
+"""
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepstill import geometry
+from keepstill.estimate import allowed_step
+from keepstill.kernels.aliasing import (
+    N_FACTORS,
+    N_FIELDS,
+    Fitted,
+    fill_factors,
+    fit_fields,
+    take_off_aliasing,
+    take_off_parabolas,
+)
+from keepstill.kernels.small import product, solution
+from keepstill.kernels.sums import N_COLUMNS, Points, block_sums, cross_sums, outside_normal
+from keepstill.reference import Reference, wide_lowpassed
+
+Matrix = NDArray[np.float64]
+T = TypeVar("T")
+
+# A wave is expected to be about as strong as the noise.
+_RIDGE = 1.0
+# Rounds of fields and steps; with three earlier rounds to go by, more change no volume by 1 um.
+_ROUNDS, _MEMORY = 8, 3
+# Anderson's weights see motion only: shifts in mm, rotations in mm at this radius.
+_RADIUS_MM = 65.0
+# Scanner positions are measured in units of this, mm, and the coefficients of the log of the
+# sensitivity are expected to be of this size.
+_UNIT_MM, _SHADING_SD = 80.0, 0.1
+# Activity and noise make a shading of about this standard deviation over the head out of nothing;
+# one of that size is not believed, one of twice that size almost whole.
+_SPURIOUS_SD = 0.035
+# Shading needs this part of the points to be seen by all volumes.
+_LEAST_COMMON = 0.3
+# Quadratic monomials of (x, y, z, 1): of the shading, all but the constant.
+_PAIRS = [(a, b) for a in range(4) for b in range(a, 4)]
+_FREE_PAIRS = _PAIRS[:-1]
+
+
+@dataclass(frozen=True)
+class Team:
+    """Who fits a model, and which blocks of points are this rank's.
+
+    Attributes
+    ----------
+    blocks : range
+    n_threads : int
+    gather : callable
+        Lists, on all ranks, what each rank gives, in the order of ranks.
+    """
+
+    blocks: range
+    n_threads: int
+    gather: Callable[[Any], list[Any]]
+
+    def each(self, work: Callable[[int], T]) -> list[T]:
+        """Result of some work on every block, in the order of blocks, on all ranks."""
+        with ThreadPoolExecutor(self.n_threads) as pool:
+            mine = list(pool.map(work, self.blocks))
+        return [result for results in self.gather(mine) for result in results]
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """What the residuals of a run's volumes have in common.
+
+    Attributes
+    ----------
+    fields : (7, n) float32 or None
+        Constant, and cosine and sine for each axis, at the points of the reference's last level.
+    shading : (4, 4) float64
+        The log of the sensitivity at voxel p = (x, y, z, 1) of a volume is p' shading p.
+    """
+
+    fields: NDArray[np.float32] | None
+    shading: Matrix
+
+    def take_off(
+        self,
+        residuals: NDArray[np.float32],
+        points: Points,
+        spans: NDArray[np.int64],
+        to_moving: Matrix,
+    ) -> None:
+        """Take off one volume's residuals, in place, what the model predicts.
+
+        Parameters
+        ----------
+        residuals : (n,) float32
+            0 outside the spans.
+        points : Points
+        spans : (n_rows, 2) int64
+        to_moving : (4, 4) float64
+            Voxel of the reference -> voxel of the volume.
+        """
+        if self.shading.any():
+            take_off_parabolas(residuals, points, spans, change_of(self.shading, to_moving))
+        if self.fields is not None:
+            take_off_aliasing(residuals, points, spans, to_moving[:3], self.fields)
+
+
+NO_MODEL = RunModel(None, np.zeros((4, 4)))
+
+
+def fit_run_model(reference: Reference, fitted: Fitted, own_grid: bool, team: Team) -> RunModel:
+    """Fit shading and aliasing to some volumes of a run.
+
+    Parameters
+    ----------
+    reference : Reference
+    fitted : Fitted
+        Residuals at the points of the reference's last level; the shading is taken off them.
+    own_grid : bool
+        Whether the reference has the run's grid: a position in the scanner, too.
+    team : Team
+    """
+    shading = _fit_shading(reference, fitted, team) if own_grid else np.zeros((4, 4))
+    return RunModel(_fit_fields(reference, fitted, team), shading)
+
+
+def change_of(shading: Matrix, to_moving: Matrix) -> Matrix:
+    """The log sensitivity's change from the reference's voxel to its source, as a (4, 4) form."""
+    return product(product(np.ascontiguousarray(to_moving.T), shading), to_moving) - shading
+
+
+def _block_points(reference: Reference, block: int) -> tuple[Points, slice]:
+    """Points with the rows of one block, and which rows these are."""
+    rows = slice(int(reference.blocks[block]), int(reference.blocks[block + 1]))
+    points = reference.last.points
+    return points._replace(rows=np.ascontiguousarray(points.rows[rows])), rows
+
+
+def _of_block(fitted: Fitted, rows: slice) -> Fitted:
+    return fitted._replace(spans=np.ascontiguousarray(fitted.spans[:, rows]))
+
+
+def _extent(points: Points) -> slice:
+    """Places of a block's points."""
+    return slice(int(points.rows[0, 4]), int(points.rows[-1, 4] + points.rows[-1, 3]))
+
+
+def _fit_fields(reference: Reference, fitted: Fitted, team: Team) -> NDArray[np.float32]:
+    """Fields of aliasing, solved for in turn with the volumes' steps."""
+    last, m = reference.last, len(fitted.slots)
+    normals = [last.normal - outside_normal(last.points, spans) for spans in fitted.spans]
+    parts = {block: _block_points(reference, block) for block in team.blocks}
+    extents = {block: _extent(points) for block, (points, _) in parts.items()}
+    factors: dict[int, NDArray[np.float32]] = {}
+    fields = np.zeros((N_FIELDS, last.points.values.size), np.float32)
+    steps = np.zeros((m, N_COLUMNS))
+    history: list[tuple[Matrix, Matrix]] = []
+
+    def round_of(block: int) -> Matrix:
+        points, rows = parts[block]
+        of_block = _of_block(fitted, rows)
+        if block not in factors:
+            extent = extents[block]
+            factors[block] = np.empty((N_FACTORS, extent.stop - extent.start), np.float32)
+            fill_factors(factors[block], points, of_block, _RIDGE)
+        right: Matrix = fit_fields(
+            fields, factors[block], points, of_block, steps.astype(np.float32)
+        )
+        return right
+
+    for n_round in range(_ROUNDS):
+        right = sum(team.each(round_of), np.zeros((m, N_COLUMNS)))
+        if n_round < _ROUNDS - 1:
+            found = zip(normals, right, strict=True)
+            change = [allowed_step(normal, r, reference.basis)[0][:, 0] for normal, r in found]
+            steps = _accelerated(history, steps, np.array(change))
+    filled = team.gather([(extents[block], fields[:, extents[block]]) for block in team.blocks])
+    for extent, values in (part for parts_of_rank in filled for part in parts_of_rank):
+        fields[:, extent] = values
+    return fields
+
+
+def _accelerated(history: list[tuple[Matrix, Matrix]], steps: Matrix, change: Matrix) -> Matrix:
+    """Steps (m, 8) of the next round: the combination of rounds that would leave least change."""
+    history.append((steps, change))
+    del history[: -_MEMORY - 1]
+    if len(history) == 1:
+        return steps + change
+    pairs = list(itertools.pairwise(history))
+    weight = np.array([1.0] * 3 + [_RADIUS_MM] * 3)
+    differences = np.array([((b[1] - a[1])[:, :6] * weight).ravel() for a, b in pairs])
+    now = (change[:, :6] * weight).reshape(-1, 1)
+    normal = product(differences, np.ascontiguousarray(differences.T))
+    normal += np.eye(len(pairs)) * 1e-9 * np.trace(normal)
+    parts, regular = solution(normal, product(differences, now))
+    out = steps + change
+    if regular:
+        for part, (a, b) in zip(parts[:, 0], pairs, strict=True):
+            out = out - part * ((b[0] - a[0]) + (b[1] - a[1]))
+    return out
+
+
+def _fit_shading(reference: Reference, fitted: Fitted, team: Team) -> Matrix:
+    """Log of the sensitivity, as a (4, 4) form, by instrumental variables.
+
+    Instruments are the low-passed images of the columns, so that aliasing has no say.
+    """
+    to_unit = _to_unit(reference)
+    wide = wide_lowpassed(reference)
+    common = _common_points(reference.last.points, fitted.spans)
+    if common.mean() < _LEAST_COMMON:
+        return np.zeros((4, 4))
+
+    def sums_of(block: int) -> tuple[Matrix, Matrix]:
+        points, _ = _block_points(reference, block)
+        here = _extent(points)
+        columns = _monomials(points, to_unit) * common[here]
+        plain = np.concatenate([columns * points.values[here], points.jacobian[:, here]])
+        tests = np.concatenate([columns * wide.values[here], wide.test_jacobian[:, here]])
+        tests[:, ~common[here]] = 0
+        n = tests.shape[1]
+        whole = np.array([0, n], np.int64)
+        residuals = [np.ascontiguousarray(fitted.residuals[slot, here]) for slot in fitted.slots]
+        right = [block_sums(tests, values, whole)[0] for values in residuals]
+        return cross_sums(tests, plain, 0, n), np.array(right)
+
+    found = team.each(sums_of)
+    cross = sum((normal for normal, _ in found), np.zeros(()))
+    right = sum((r for _, r in found), np.zeros(()))
+    n_values = max(float(common.sum()) * len(fitted.slots), 1.0)
+    variance = float(right[:, -1].sum()) / n_values
+    form = _solved_shading(cross, right[:, :-1], fitted.maps, (to_unit, variance))
+    form *= _credibility(form, reference.last.points)
+    parts = {block: _block_points(reference, block) for block in team.blocks}
+
+    def take_off(block: int) -> None:
+        points, rows = parts[block]
+        for v, slot in enumerate(fitted.slots):
+            to_moving = np.vstack([fitted.maps[v], [0.0, 0.0, 0.0, 1.0]])
+            spans = np.ascontiguousarray(fitted.spans[v, rows])
+            take_off_parabolas(fitted.residuals[slot], points, spans, change_of(form, to_moving))
+
+    team.each(take_off)
+    return form
+
+
+def _solved_shading(
+    cross: Matrix, right: Matrix, maps: Matrix, scale: tuple[Matrix, float]
+) -> Matrix:
+    """Shading's form from sums over points: (18, 18) of tests and columns, (m, 18) of residuals."""
+    to_unit, variance = scale
+    n = len(_PAIRS)
+    onto, _ = solution(cross[n:, n:], np.concatenate([cross[n:, :n], right[:, n:].T], axis=1))
+    free = cross[:n, :n] - product(np.ascontiguousarray(cross[:n, n:]), onto[:, :n].copy())
+    rest = right[:, :n].T - product(np.ascontiguousarray(cross[:n, n:]), onto[:, n:].copy())
+    from_unit = geometry.inverse(to_unit)
+    normal = np.eye(len(_FREE_PAIRS)) * variance / _SHADING_SD**2
+    total = np.zeros((len(_FREE_PAIRS), 1))
+    for v, to_moving in enumerate(maps):
+        moved = geometry.compose(to_unit, np.vstack([to_moving, [0, 0, 0, 1.0]]), from_unit)
+        changes = [_as_column(change_of(_as_form(pair), moved)) for pair in _FREE_PAIRS]
+        change = np.array(changes)
+        normal += product(product(change, free), np.ascontiguousarray(change.T))
+        total += product(change, np.ascontiguousarray(rest[:, v : v + 1]))
+    found, regular = solution(normal, total)
+    if not regular:
+        return np.zeros((4, 4))
+    form = sum((x * _as_form(pair) for x, pair in zip(found[:, 0], _FREE_PAIRS, strict=True)),
+               np.zeros((4, 4)))  # fmt: skip
+    return product(product(np.ascontiguousarray(to_unit.T), form), to_unit)
+
+
+def _credibility(form: Matrix, points: Points) -> float:
+    """0 to 1: how far beyond a spurious one the shading is, over the head (Breiman's garrote)."""
+    rows = points.rows
+    middle = rows[:, 2] + (rows[:, 3] - 1) / 2
+    at = np.stack([middle, rows[:, 0], rows[:, 1], np.ones(len(rows))])
+    field = sum((form[a, b] * at[a] * at[b] for a in range(4) for b in range(4)), np.zeros(1))
+    variance = float(np.var(field))
+    return max(0.0, 1.0 - (_SPURIOUS_SD**2 / variance) ** 2) if variance > 0 else 0.0
+
+
+def _to_unit(reference: Reference) -> Matrix:
+    """Scanner position in `_UNIT_MM`, along the voxel axes about the head, from voxel; (4, 4)."""
+    sizes = geometry.voxel_sizes_mm(reference.affine) / _UNIT_MM
+    inverse = geometry.inverse(reference.affine)
+    centre = (
+        inverse[:3, 3]
+        + product(np.ascontiguousarray(inverse[:3, :3]), reference.centre_mm.reshape(3, 1))[:, 0]
+    )
+    out = np.diag([*sizes, 1.0])
+    out[:3, 3] = -sizes * centre
+    return out
+
+
+def _as_form(pair: tuple[int, int]) -> Matrix:
+    """The monomial p_a p_b as a symmetric (4, 4) form."""
+    out = np.zeros((4, 4))
+    out[pair[0], pair[1]] += 0.5
+    out[pair[1], pair[0]] += 0.5
+    return out
+
+
+def _as_column(form: Matrix) -> Matrix:
+    """Factors (10,) of the monomials in a form."""
+    return np.array([form[a, b] + form[b, a] if a != b else form[a, a] for a, b in _PAIRS])
+
+
+def _monomials(points: Points, to_unit: Matrix) -> NDArray[np.float32]:
+    """The ten monomials of the unit position at the points of rows, (10, n)."""
+    rows = points.rows
+    row = np.repeat(np.arange(len(rows)), rows[:, 3])
+    x = np.arange(row.size) - (rows[row, 4] - rows[0, 4]) + rows[row, 2]
+    voxel = (x, rows[row, 0], rows[row, 1])
+    unit = [to_unit[a, a] * voxel[a] + to_unit[a, 3] for a in range(3)] + [np.ones(len(x))]
+    return np.array([unit[a] * unit[b] for a, b in _PAIRS], np.float32)
+
+
+def _common_points(points: Points, spans: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Points that all volumes see, (n,)."""
+    low, high = spans[:, :, 0].max(axis=0), spans[:, :, 1].min(axis=0)
+    rows = points.rows
+    row = np.repeat(np.arange(len(rows)), rows[:, 3])
+    i = np.arange(row.size) - rows[row, 4]
+    return np.asarray((i >= low[row]) & (i < high[row]))

@@ -215,6 +215,7 @@ def _write_truth(place: _Place, run: Run, bound_mm: dict[str, float]) -> None:
     table = place.truth("desc-truth_timeseries.tsv")
     numbers = np.array([phantom.numbers_of(matrix) for matrix in run.truth])
     columns: dict[str, Any] = {name: numbers[:, i].tolist() for i, name in enumerate(COLUMNS)}
+    columns["bent"] = run.bent_mm.tolist()
     columns["gain"] = run.gains.tolist()
     columns["dropped_slices"] = (run.lost < 1).sum(axis=1).tolist()
     write.put_table(table, columns)
@@ -246,6 +247,11 @@ TABLE_JSON: dict[str, Any] = {
        for axis in "xyz"},
     **{f"rot_{axis}": {"Description": f"Turn about {axis}: {_TURN}", "Units": "rad"}
        for axis in "xyz"},
+    "bent": {
+        "Description": "Mean distance over the brain between where a head that moves from slice to "
+        "slice is and where the volume's rigid transform, the closest to it, puts it",
+        "Units": "mm",
+    },
     "gain": {"Description": "Factor on the signal"},
     "dropped_slices": {
         "Description": f"Number of slices that keep {DROPPED_SIGNAL:g} of their signal"

@@ -118,14 +118,14 @@ class Figures:
 def measured(options: Options) -> Iterator[Figures]:
     """Figures of each case and point spread, as they come.
 
-    Seeds run in the outer loop, so that cases follow each other on the same head, which is drawn
-    once; all figures come after the last seed.
+    Runs of one seed and voxel size follow each other, since they share a head, which is drawn once.
     """
+    in_order = sorted(options.cases, key=lambda name: "voxel_mm" in CASES[name].plan)
     keys = [(case, spread) for spread in options.point_spreads for case in options.cases]
     found: dict[tuple[str, str], list[Errors]] = {key: [] for key in keys}
     for spread in options.point_spreads:
         for seed in options.seeds:
-            for name in options.cases:
+            for name in in_order:
                 plan = plan_of(CASES[name], POINT_SPREADS[spread], options.n_volumes, seed)
                 found[name, spread].append(run_errors(made_run(options.cache, plan)))
                 print(f"{name}, {spread}, seed {seed}: done", file=sys.stderr)

@@ -96,7 +96,7 @@ NUISANCES = (
         dropped_slices=4,
     ),
     _nuisance("bright", "first volumes 45% brighter", first_brighter=0.45),
-    _nuisance("ghost", "5% ghost that flickers", ghost=0.05),
+    _nuisance("ghost", "3% ghost that flickers by a third", ghost=0.03),
     Case(
         "inside",
         "motion inside volumes, interleaved slices",

@@ -175,9 +175,12 @@ def errors_of(source: Path, found: Array, confounds: dict[str, list[str]]) -> Er
 
 
 def shared_offset(found: Array, exact: Array) -> Array:
-    """The rigid map that (n, 4, 4) maps have on average before the exact ones: the gauge."""
+    """The rigid map that (n, 4, 4) maps share before the exact ones: the gauge.
+
+    The median of each of its six numbers, so that a few volumes gone astray do not move it.
+    """
     apart = [numbers_of(geometry.inverse(e) @ f) for f, e in zip(found, exact, strict=True)]
-    return pose_of(np.mean(apart, axis=0))
+    return pose_of(np.median(apart, axis=0))
 
 
 def read_columns(path: Path) -> dict[str, list[str]]:

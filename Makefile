@@ -2,6 +2,8 @@
 #             whose page shows the error against the truth; show where the pages are
 # make test   run the tests
 # make lint   check style and types of code and rules
+# make bench  error against known motion, and cost, as a table, docs/bench.json and docs/bench.svg;
+#             20 minutes on two cores. BENCH="--cases drift --seeds 1 --repeats 0" does less
 # make bench-blobs   the ladder of ways to sum blobs, from the naive one upwards
 # make clean  remove the environment, the demo's results and caches
 #
@@ -27,7 +29,7 @@ endef
 export SHOW_RESULTS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean bench-blobs
+.PHONY: demo test lint clean bench bench-blobs
 
 demo: .venv/run.stamp | $(PHANTOM)
 	@$(IN_VENV) snakemake --cores $(CORES)
@@ -49,6 +51,9 @@ lint: .venv/test.stamp
 	@$(IN_VENV) snakefmt --check Snakefile workflow/rules
 	@$(IN_VENV) snakemake --lint
 	@$(IN_VENV) codespell
+
+bench: .venv/test.stamp
+	@$(IN_VENV) python benchmarks/bench.py $(BENCH)
 
 bench-blobs: .venv/run.stamp
 	@.venv/bin/python benchmarks/blobs.py

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+
 from cases import (
     CASES,
     LEAST_BOUNDS,
@@ -29,11 +30,10 @@ from cases import (
     Case,
     Limits,
 )
-from made_runs import default_folder, made_run, plan_of
-
 from keepstill import geometry
 from keepstill.phantom import numbers_of, pose_of
 from keepstill.truth import BOUND, read_transforms, read_truth, truth_path
+from made_runs import default_folder, made_run, plan_of
 
 Array = np.ndarray
 # The column of the confounds that is the engine's error bar: an expected displacement error, mm.
@@ -246,7 +246,7 @@ def faults(figures: Figures, limits: Limits) -> Iterator[str]:
     if figures.n_failed:
         yield f"{figures.n_failed} failed"
     if limits.bounds is not None:
-        most = limits.bounds[list(POINT_SPREADS).index(figures.point_spread)]
+        most = limits.most_bounds(figures.point_spread)
         for name, found in (("raw", figures.raw_bounds), ("gauge-free", figures.free_bounds)):
             if not LEAST_BOUNDS <= found[0] <= most:
                 yield f"{name} {found[0]:.2f}x"
@@ -266,7 +266,7 @@ def needs_in_words(limits: Limits, spread: str) -> str:
     """What is required, in few words."""
     words = []
     if limits.bounds is not None:
-        words.append(f"{LEAST_BOUNDS:g}-{limits.bounds[list(POINT_SPREADS).index(spread)]:g}x")
+        words.append(f"{LEAST_BOUNDS:g}-{limits.most_bounds(spread):g}x")
     for name, limit in (("", limits.median_mm), ("worst ", limits.worst_mm)):
         if limit is not None:
             words.append(f"{name}{limit:g} mm")

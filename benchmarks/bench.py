@@ -22,11 +22,10 @@ from typing import Any
 
 import accuracy
 import cost
+import keepstill
 import picture
 from accuracy import Figures, Options
 from cost import Cost
-
-import keepstill
 from keepstill import write
 
 CLONE = Path(__file__).resolve().parents[1]

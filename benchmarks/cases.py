@@ -1,5 +1,6 @@
 """What the accuracy benchmark simulates, and what is required of the result."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,12 @@ class Limits:
     worst_mm: float | None = None
     dropped_mm: float | None = None
     bent: float | None = None
+
+    def most_bounds(self, point_spread: str) -> float:
+        """Most multiples of the bound with one of `POINT_SPREADS`; infinite where none is set."""
+        if self.bounds is None:
+            return math.inf
+        return self.bounds[list(POINT_SPREADS).index(point_spread)]
 
 
 @dataclass(frozen=True)

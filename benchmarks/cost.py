@@ -18,12 +18,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+
 from cases import CASES, POINT_SPREADS
+from keepstill import write
 from made_runs import default_folder, made_run, plan_of
 from reslicing import Resliced, resliced
 from spent import Spent, least, peak_anonymous_mb, spent
-
-from keepstill import write
 
 VOLUMES, MANY_VOLUMES = 200, 1200
 # Grids that are compared by voxel, each on so many volumes and four times as many.

@@ -6,9 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from cases import Case
-
 import keepstill
+from cases import Case
 from keepstill.simulate import StudyPlan, simulate_study
 from keepstill.stage import claim_stage_root
 

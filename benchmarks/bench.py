@@ -27,6 +27,7 @@ import picture
 from accuracy import Figures, Options
 from cost import Cost
 from keepstill import write
+from spent import idle_part
 
 CLONE = Path(__file__).resolve().parents[1]
 PACKAGES = ("numpy", "numba", "scipy", "mpi4py", "mpich")
@@ -40,7 +41,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu[0].split(":")[1].strip() if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 1),
+        "idle": idle_part(),
     }
 
 
@@ -67,7 +68,7 @@ def heading(setting: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {by[name]}" for name in ("python", *PACKAGES))
     return (
         f"keepstill {by['keepstill']} ({by['commit']}); {of['cpu']}, {of['cores']} cores, "
-        f"load {of['load']:g}; {packages}"
+        f"{of['idle']:.0%} idle; {packages}"
     )
 
 

@@ -1,6 +1,7 @@
 """What whole processes cost: processor time, wall time and memory of their own."""
 
 import contextlib
+import os
 import re
 import resource
 import subprocess
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _POLL_S = 0.01
+_WATCHED_S = 2.0
 _ANONYMOUS = re.compile(r"^RssAnon:\s*(\d+) kB$", re.MULTILINE)
 
 
@@ -52,3 +54,20 @@ def peak_anonymous_mb(command: Sequence[str]) -> float:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
     return peak_kb / 1e3
+
+
+def idle_part() -> float:
+    """Part of this process's cores that nobody uses, 0 to 1, watched for two seconds."""
+    before = _jiffies()
+    time.sleep(_WATCHED_S)
+    total, idle = (after - then for after, then in zip(_jiffies(), before, strict=True))
+    return idle / max(total, 1)
+
+
+def _jiffies() -> tuple[int, int]:
+    """All time and idle time of this process's cores so far."""
+    names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    # user nice system idle iowait irq softirq steal; guests are in user already.
+    counts = [[int(n) for n in row[1:9]] for row in rows if row[0] in names]
+    return sum(map(sum, counts)), sum(count[3] + count[4] for count in counts)

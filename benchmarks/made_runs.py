@@ -32,7 +32,8 @@ def plan_of(case: Case, point_spread: float, n_volumes: int, seed: int) -> Study
 
 def made_run(folder: Path, plan: StudyPlan) -> Path:
     """The one run of a plan, simulated if it is not there yet."""
-    claim_stage_root(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    claim_stage_root(folder)  # in $TMPDIR somebody else could have made it
     study = folder / _key(plan)
     if not study.exists():
         part = study.with_suffix(f".{os.getpid()}")

@@ -2,6 +2,9 @@
 #             whose page shows the error against the truth; show where the pages are
 # make test   run the tests
 # make lint   check style and types of code and rules
+# make bench  error against known motion, and cost, as a table, docs/bench.json and docs/bench.svg;
+#             20 minutes on two cores. BENCH="--cases drift --seeds 1 --repeats 0" does less
+# make bench-peers   nipy and antspyx on one of its runs, from .venv-peers
 # make bench-blobs   the ladder of ways to sum blobs, from the naive one upwards
 # make clean  remove the environment, the demo's results and caches
 #
@@ -27,7 +30,7 @@ endef
 export SHOW_RESULTS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean bench-blobs
+.PHONY: demo test lint clean bench bench-peers bench-blobs
 
 demo: .venv/run.stamp | $(PHANTOM)
 	@$(IN_VENV) snakemake --cores $(CORES)
@@ -50,11 +53,17 @@ lint: .venv/test.stamp
 	@$(IN_VENV) snakemake --lint
 	@$(IN_VENV) codespell
 
+bench: .venv/test.stamp
+	@$(IN_VENV) python benchmarks/bench.py $(BENCH)
+
+bench-peers: .venv/test.stamp .venv-peers/stamp
+	@$(IN_VENV) python benchmarks/peers.py --python .venv-peers/bin/python
+
 bench-blobs: .venv/run.stamp
 	@.venv/bin/python benchmarks/blobs.py
 
 clean:
-	rm -rf .venv .snakemake results/demo $(PHANTOM) $(PHANTOM).part $(PHANTOM)-realigned \
+	rm -rf .venv .venv-peers .snakemake results/demo $(PHANTOM) $(PHANTOM).part $(PHANTOM)-realigned \
 		.hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find workflow tests -depth \( -name __pycache__ -o -name '*.egg-info' \) -exec rm -rf {} +
 
@@ -70,6 +79,12 @@ clean:
 	@$(PIP_INSTALL) --no-deps --editable .
 	@echo "compiling the kernels (once)"
 	@.venv/bin/keepstill warm
+	@touch $@
+
+.venv-peers/stamp: envs/peers.txt
+	@$(PYTHON) -m venv --clear .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+		--require-hashes -r envs/peers.txt
 	@touch $@
 
 .venv/test.stamp: .venv/run.stamp envs/test.txt

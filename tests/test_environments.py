@@ -13,7 +13,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVS = ROOT / "envs"
+# Those that are installed together, and those that have an environment of their own.
 LISTS = ("build", "run", "report", "slurm", "test")
+APART = ("peers",)
 
 # Names that conda-forge and bioconda give to packages of the pip lists.
 PIP_FROM_CONDA = {
@@ -71,11 +73,11 @@ def project():
 
 
 def test_every_list_is_covered():
-    assert sorted(path.stem for path in ENVS.glob("*.txt")) == sorted(LISTS)
-    assert sorted(path.stem for path in ENVS.glob("*.in")) == sorted(LISTS)
+    assert sorted(path.stem for path in ENVS.glob("*.txt")) == sorted(LISTS + APART)
+    assert sorted(path.stem for path in ENVS.glob("*.in")) == sorted(LISTS + APART)
 
 
-@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("name", LISTS + APART)
 def test_every_requirement_is_pinned_and_hashed(name):
     lines = requirement_lines(ENVS / f"{name}.txt")
     assert lines
@@ -84,14 +86,14 @@ def test_every_requirement_is_pinned_and_hashed(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["keepstill.yaml", *(name + end for name in LISTS for end in (".in", ".txt"))],
+    ["keepstill.yaml", *(name + end for name in LISTS + APART for end in (".in", ".txt"))],
 )
 def test_no_index_host_or_path_is_named(name):
     lines = (ENVS / name).read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if INDEX_OR_HOST.search(line)] == []
 
 
-@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("name", LISTS + APART)
 def test_compiled_list_has_what_was_asked(name):
     asked, compiled = pinned(f"{name}.in"), pinned(f"{name}.txt")
     assert asked

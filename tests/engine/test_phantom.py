@@ -354,6 +354,7 @@ def timed(**options):
 def test_still_head_is_the_same_slice_by_slice(head, still):
     run = phantom.make_run(head, timed(), [MOVED] * 2)
     np.testing.assert_allclose(run.truth, [np.eye(4)] * 2, atol=1e-9)
+    np.testing.assert_allclose(run.bent_mm, 0, atol=1e-9)
     np.testing.assert_allclose(
         phantom.clean_volume(run, 1), phantom.clean_volume(still, 1), atol=2e-2
     )
@@ -370,6 +371,19 @@ def test_each_slice_is_seen_at_its_own_pose(head, camera):
     np.testing.assert_allclose(phantom.clean_volume(run, t)[k], expected, atol=2e-2)
     error = phantom.displacement_mm(run.poses[1:4], np.array(poses)[1:4], run.brain_mm)
     assert error.max() < 0.2  # the closest rigid map is near the middle of the volume
+
+
+def test_how_far_slices_are_from_the_closest_rigid_map(head):
+    """A shift that grows from slice to slice; interleaved, it is no rigid map and no shear."""
+    still, shifted = np.eye(4), phantom.rigid((8.0, 0, 0), (0, 0, 0))
+    run = phantom.make_run(head, timed(), [still, shifted, shifted])
+    voxel = geometry.world(np.linalg.inv(AFFINE), run.brain_mm)
+    shift_mm = run.slice_numbers[1][np.rint(voxel[:, 2]).astype(int), 0]  # 4 to 8, and 8
+    from_their_mean_mm = np.abs(shift_mm - shift_mm.mean()).mean()
+    assert 0.8 * from_their_mean_mm < run.bent_mm[1] < from_their_mean_mm  # a turn fits better
+    assert run.bent_mm[2] < 1e-9  # nothing moves after the last
+    still_run = phantom.make_run(head, runs.scanner(SHAPE, AFFINE), [still, shifted])
+    np.testing.assert_array_equal(still_run.bent_mm, 0)
 
 
 def test_best_rigid_map_of_a_rigid_motion_is_itself(rng):

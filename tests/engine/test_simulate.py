@@ -40,7 +40,16 @@ def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("simulated") / "study"
     options = ["--subjects", 2, "--seed", 7, "--activation-percent", 4, "--slice-timing"]
     options += ["--shading", 0.35, "--dropped-slices", 3, "--gain-drift", 0.05]
-    options += ["--first-brighter", 0.45, "--ghost", 0.04, "--motion", "spikes"]
+    options += [
+        "--first-brighter",
+        0.45,
+        "--ghost",
+        0.04,
+        "--motion",
+        "spikes",
+        "--oblique-deg",
+        12,
+    ]
     assert simulate(out, *options, "--tr-s", 6, "--threads", 2) == 0
     return out
 
@@ -79,7 +88,10 @@ def test_header_and_sidecar(made):
     assert image.header.get_xyzt_units() == ("mm", "sec")
     assert image.header["pixdim"][4] == sidecar["RepetitionTime"] == 6
     assert (image.header["sform_code"], image.header["qform_code"]) == (1, 1)
-    np.testing.assert_allclose(image.affine, phantom.grid_affine((22, 24, 16), (9, 9, 8)))
+    np.testing.assert_allclose(
+        image.affine, phantom.grid_affine((22, 24, 16), (9, 9, 8), oblique_deg=12)
+    )
+    assert image.affine[2, 1] == pytest.approx(9 * np.sin(np.deg2rad(12)))
     assert len(sidecar["SliceTiming"]) == 16 and max(sidecar["SliceTiming"]) < 6
     bound = sidecar["CramerRaoBoundMillimetres"]
     assert bound["NoisyReference"] == pytest.approx(2**0.5 * bound["TemplateKnown"])
@@ -102,7 +114,9 @@ def test_transforms_and_table_are_the_same_motion(made):
     poses = [phantom.pose_of(row[:6]) for row in rows]
     np.testing.assert_allclose(read.matrix, poses, atol=1e-6)
     assert np.abs(rows[1:, :6]).max() > 0.1
-    assert sorted(rows[:, 7]) == [0, 0, 0, 0, 3]
+    assert lines[0].split("\t")[6:] == ["bent", "gain", "dropped_slices"]
+    assert rows[:, 6].max() > 0.01  # slices have times of their own
+    assert sorted(rows[:, 8]) == [0, 0, 0, 0, 3]
     mask = nib.load(f"{stem}desc-brain_mask.nii.gz")
     litres = np.asarray(mask.dataobj).sum() * 9 * 9 * 8 * 1e-6
     assert 1.0 < litres < 1.7
@@ -154,6 +168,7 @@ def test_motion_from_a_file(tmp_path):
         (["--shading", 1.5], "shading: 1.5 found"),
         (["--dropped-slices", 17], "dropped-slices: 17 found; needs 0 to 16"),
         (["--motion", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["--oblique-deg", 91], "oblique-deg: 91 found; needs -90 to 90"),
         (["--point-spread-voxels", 0.1], "point-spread-voxels: 0.1 found"),
     ],
 )

@@ -162,6 +162,7 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
         ("--volumes", int, None, "N", "of each run; None: 200, or as many as FILE has"),
         ("--seed", int, 1, "N", "the same seed gives the same bytes"),
         ("--tr-s", float, 2.0, "S", "seconds from volume to volume"),
+        ("--oblique-deg", float, 0.0, "D", "turn of the slices about the axis from left to right"),
         ("--motion", str, "drift", "drift|spikes|steps|still|FILE",
          "FILE has columns trans_x ... rot_z, mm and rad"),
         ("--tsnr", float, 60.0, "N", "mean of the brain over the noise"),
@@ -177,7 +178,12 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, three, about in (
         ("--voxel-mm", float, (3.4, 3.4, 3.5), "edges of a voxel"),
         ("--shape", int, (64, 64, 36), "number of voxels"),
-        ("--point-spread-voxels", float, (0.8,) * 3, "full width at half maximum; or one for all"),
+        (
+            "--point-spread-voxels",
+            float,
+            (0.8,) * 3,
+            "full width at half maximum: 0.8 is sharp and aliases, 1.0 less; or one for all",
+        ),
     ):
         parser.add_argument(name, type=kind, nargs="+", default=three, metavar="X", help=about)
     parser.add_argument("--slice-timing", action="store_true", help="slices one after the other")

@@ -1,5 +1,6 @@
 """The head on a fine grid, blurred by the part of the point spread that turns with it."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ class FineHead:
     blur_sd_mm: float
 
 
+@functools.lru_cache(maxsize=1)  # runs of one subject come one after the other
 def fine_head(seed: int, blur_fwhm_mm: float) -> FineHead:
     """Head of a subject, blurred.
 

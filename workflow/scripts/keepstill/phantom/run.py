@@ -78,6 +78,8 @@ class Run:
         Six numbers of the head's pose at each slice, or of the whole volume.
     poses : (n, 4, 4)
         World mm from head mm: of the volume, or the rigid map closest to those of its slices.
+    bent_mm : (n,)
+        Mean distance over the brain between where the slices put it and where `poses` do.
     truth : (n, 4, 4)
         `moving_from_reference` against volume 0.
     brain_mm : (m, 3)
@@ -96,6 +98,7 @@ class Run:
     seed: int
     slice_numbers: NDArray[np.float64]
     poses: Matrices
+    bent_mm: NDArray[np.float64]
     truth: Matrices
     brain_mm: NDArray[np.float64]
     noise_sd: float
@@ -144,7 +147,9 @@ def make_run(
     n, nz = len(given), scanner.shape[2]
     slice_numbers = _slice_numbers(given, scanner)
     inside = brain_part(camera, given[0]) > 0.5
-    closest = given if slice_numbers.shape[1] == 1 else _closest(slice_numbers, inside, camera)
+    closest, bent_mm = given, np.zeros(n)
+    if slice_numbers.shape[1] > 1:
+        closest, bent_mm = _closest(slice_numbers, inside, camera)
     mean = float(exposed(camera, closest[0])[inside].mean(dtype=np.float64))
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
     return Run(
@@ -153,6 +158,7 @@ def make_run(
         seed=seed,
         slice_numbers=slice_numbers,
         poses=closest,
+        bent_mm=bent_mm,
         truth=np.array([pose @ geometry.inverse(closest[0]) for pose in closest]),
         brain_mm=_positions(inside, scanner),
         noise_sd=mean / effects.tsnr,
@@ -241,16 +247,18 @@ def _slice_numbers(poses: Matrices, scanner: Scanner) -> NDArray[np.float64]:
 
 def _closest(
     slice_numbers: NDArray[np.float64], inside: NDArray[np.bool_], camera: Camera
-) -> Matrices:
-    """Rigid map of each volume that is closest to those of its slices, over the brain."""
+) -> tuple[Matrices, NDArray[np.float64]]:
+    """Rigid map of each volume closest to those of its slices, over the brain, and how close."""
     world_mm = _positions(inside, camera.scanner)
     slices = np.nonzero(inside)[0]
-    out = []
+    out, bent_mm = [], []
     for numbers in slice_numbers:
         poses = np.array([pose_of(six) for six in numbers])
         moved = np.einsum("pij,pj->pi", poses[slices, :3, :3], world_mm) + poses[slices, :3, 3]
         out.append(best_rigid(world_mm, moved))
-    return np.array(out)
+        left = geometry.world(out[-1], world_mm) - moved
+        bent_mm.append(np.linalg.norm(left, axis=1).mean())
+    return np.array(out), np.array(bent_mm)
 
 
 def _positions(inside: NDArray[np.bool_], scanner: Scanner) -> NDArray[np.float64]:

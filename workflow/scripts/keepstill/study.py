@@ -14,6 +14,7 @@ from keepstill.config import Config, effective_config, filters_of, run_table_of,
 from keepstill.errors import InputError, counted
 from keepstill.files import claim_output_dir, refuse_foreign_data_set
 from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
+from keepstill.misnamed import NONE_MISNAMED, Misnamed
 from keepstill.run_table import read_run_table
 from keepstill.settings import RealignSettings
 from keepstill.stage import (
@@ -78,6 +79,8 @@ class Study:
         Name -> run, sorted by name.
     has_pages : bool
         Whether pages are wanted.
+    misnamed : Misnamed
+        Files that look like runs and are not named like them.
     """
 
     bids_dir: Path | None
@@ -86,6 +89,7 @@ class Study:
     settings: RealignSettings
     runs: Mapping[str, Run]
     has_pages: bool
+    misnamed: Misnamed = NONE_MISNAMED
 
     @functools.cached_property
     def stage_dir(self) -> Path:
@@ -214,10 +218,11 @@ def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
     config = effective_config(config, given, clone)
     table, filters = run_table_of(config), filters_of(config)
     if table:
-        bids_dir, runs = None, filter_runs(read_run_table(table), filters, table)
+        bids_dir, misnamed = None, NONE_MISNAMED
+        runs = filter_runs(read_run_table(table), filters, table)
     else:
         bids_dir = Path(config["bids_dir"])
-        runs = index_runs(bids_dir, filters)
+        runs, misnamed = index_runs(bids_dir, filters)
     return Study(
         bids_dir=bids_dir,
         output_dir=Path(config["output_dir"]),
@@ -225,6 +230,7 @@ def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
         settings=settings_of(config),
         runs={run.name: run for run in runs},
         has_pages=config["pages"],
+        misnamed=misnamed,
     )
 
 

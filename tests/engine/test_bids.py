@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -250,6 +251,20 @@ def test_a_broken_sidecar_is_named(made: Path, text: str) -> None:
 def test_uri(made: Path) -> None:
     source = bids.index_runs(made).runs[3].source
     assert bids.bids_uri(source, made) == "bids:raw:sub-02/func/sub-02_task-rest_bold.nii.gz"
+    reference = made / "derivatives" / "mean + 50% [\u00e9]#1.nii"
+    uri = "bids:raw:derivatives/mean%20+%2050%25%20%5B%C3%A9%5D%231.nii"
+    assert bids.bids_uri(reference, made) == uri
+
+
+def test_a_relative_reference_leads_there(tmp_path: Path) -> None:
+    """From where the folder really is, whatever links lead to it."""
+    for folder in ("raw data", "disk/out"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "raw data" / "a?.nii").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    reference = bids.relative_reference(tmp_path / "raw data" / "a?.nii", tmp_path / "link")
+    assert reference == "../../raw%20data/a%3F.nii"
+    assert (tmp_path / "link" / unquote(reference)).is_file()
 
 
 @pytest.mark.parametrize(

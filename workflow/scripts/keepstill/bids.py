@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from keepstill.errors import InputError
 from keepstill.misnamed import Misnamed, misnamed_files
@@ -260,7 +261,22 @@ def find_bids_dir(path: Path) -> Path | None:
 
 def bids_uri(path: Path, bids_dir: Path) -> str:
     """BIDS URI of a file in the data set that `DatasetLinks` calls ``raw``."""
-    return f"bids:raw:{path.relative_to(bids_dir).as_posix()}"
+    return f"bids:raw:{percent_encoded(path.relative_to(bids_dir).as_posix())}"
+
+
+def relative_reference(path: Path, folder: Path) -> str:
+    """URI reference of a file or folder from a folder (RFC 3986, 4.2), percent-encoded.
+
+    Links in the folders' paths are followed: ``..`` leads out of the folder where it really is.
+    """
+    parent = os.path.realpath(path.parent)
+    relative = os.path.relpath(os.path.join(parent, path.name), os.path.realpath(folder))
+    return percent_encoded(Path(relative).as_posix())
+
+
+def percent_encoded(path: str) -> str:
+    """A relative path as it stands in a URI; ``+``, which BIDS names may have, stays as it is."""
+    return quote(path, safe="/+")
 
 
 def run_name(path: Path) -> str:

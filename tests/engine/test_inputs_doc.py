@@ -108,13 +108,14 @@ ALSO = (
         "N MB do not fit in DIR (REASON); staged in DIR instead",
     ),
     (
-        "output folder not writable",
+        "output folder not writable, or full",
         "refused before anything starts",
         "cannot write to DIR (REASON); choose another folder",
     ),
     (
-        "output folder full",
-        "refused; what was written of the run is removed",
+        "output folder that fills meanwhile",
+        "refused; what was written of the run is removed; the reason is in the log, for whose end "
+        "room was kept, or on the terminal",
         "cannot write below DIR (No space left on device); free space there or choose another "
         "output_dir",
     ),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 from keepstill.bids import Run, Sidecars, filter_runs, index_runs, lone_metadata
 from keepstill.config import Config, effective_config, filters_of, run_table_of, settings_of
 from keepstill.errors import InputError, counted
-from keepstill.files import claim_output_dir, refuse_foreign_data_set
+from keepstill.files import claim_output_dir, refuse_foreign_data_set, why_no_room
 from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
 from keepstill.misnamed import NONE_MISNAMED, Misnamed
 from keepstill.run_table import read_run_table
@@ -178,8 +178,10 @@ class Study:
             rest = len(lines) - MAX_FAILURES_SHOWN
             lines[MAX_FAILURES_SHOWN:] = [f"and {rest} more; see {self.output_dir / 'logs'}"]
         if n_waiting:
+            full = why_no_room(self.output_dir)  # then there are no logs to say so
+            why = f": cannot write to {self.output_dir} ({full}); free space there" if full else ""
             lines.append(
-                f"{counted(n_waiting, 'run')} not finished; the next call goes on with them"
+                f"{counted(n_waiting, 'run')} not finished{why}; the next call goes on with them"
             )
         return lines
 

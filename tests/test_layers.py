@@ -10,7 +10,7 @@ ENGINE = SCRIPTS / "keepstill"
 # From the bottom up; modules of one line do not import each other.
 LAYERS = (
     ("", "errors"),
-    ("files", "settings", "kernels", "start"),
+    ("files", "settings", "kernels", "start", "misnamed"),
     ("geometry", "masks", "moving", "smooth", "survey", "lost_slices", "blobs"),
     ("nifti", "bids", "lanes"),
     ("manifest", "run_table"),

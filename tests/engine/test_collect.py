@@ -242,13 +242,30 @@ def test_sidecars(made):
         assert str(out.parent) not in text
 
 
-def test_outside_a_data_set_sources_are_file_names(made):
+def test_outside_a_data_set_sources_are_relative_references(made):
     """There is nothing that a BIDS URI could start from."""
-    _, out = made
+    source, out = made
     for path in out.glob("*.json"):
         assert "bids:" not in path.read_text()
     brain = json.loads((out / "sub-01_task-rest_desc-brain_mask.json").read_text())
     assert brain["Sources"] == ["sub-01_task-rest_desc-hmc_boldref.nii.gz"]
+    boldref = json.loads((out / "sub-01_task-rest_desc-hmc_boldref.json").read_text())
+    assert (out / boldref["Sources"][0]).samefile(source)
+
+
+def test_references_to_odd_names_are_percent_encoded(tmp_path):
+    """Of the run, and of a file that serves as reference."""
+    source = runs.write_run(tmp_path / "raw data" / "run #1.nii", runs.ball_run(3))
+    reference = tmp_path / "50% [mean].nii"
+    nib.save(nib.load(source).slicer[..., 0], reference)
+    out = realign(source, tmp_path / "out", "--reference", str(reference))
+    bold, boldref, brain = (
+        json.loads((out / f"run #1_{kind}.json").read_text())
+        for kind in ("desc-hmc_bold", "desc-hmc_boldref", "desc-brain_mask")
+    )
+    assert boldref["Sources"] == ["../50%25%20%5Bmean%5D.nii"]
+    assert bold["Sources"][0] == "../raw%20data/run%20%231.nii"
+    assert brain["Sources"] == ["run%20%231_desc-hmc_boldref.nii.gz"]
 
 
 def test_a_run_without_a_task_name_gets_that_of_its_file(tmp_path):
@@ -295,7 +312,7 @@ def test_reference_from_a_file_on_its_own_grid(made, tmp_path):
     assert summary["tsnr_before"] is None and summary["tsnr_after"] > 1
     boldref = json.loads((made_there / f"{run}_desc-hmc_boldref.json").read_text())
     assert boldref["Reference"].startswith("ref.nii.gz (sha256:")
-    assert boldref["Sources"] == ["ref.nii.gz"]
+    assert boldref["Sources"] == ["../ref.nii.gz"]
 
 
 def test_dead_volume_is_reported_by_number(tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import inputs
-from keepstill.bids import derivative_folder
+from keepstill.bids import derivative_folder, index_runs
 from keepstill.config_files import load_config
 from keepstill.errors import KeepstillError
 from keepstill.settings import RealignSettings
@@ -108,13 +108,14 @@ ALSO = (
         "N MB do not fit in DIR (REASON); staged in DIR instead",
     ),
     (
-        "output folder not writable",
+        "output folder not writable, or full",
         "refused before anything starts",
         "cannot write to DIR (REASON); choose another folder",
     ),
     (
-        "output folder full",
-        "refused; what was written of the run is removed",
+        "output folder that fills meanwhile",
+        "refused; what was written of the run is removed; the reason is in the log, for whose end "
+        "room was kept, or on the terminal",
         "cannot write below DIR (No space left on device); free space there or choose another "
         "output_dir",
     ),
@@ -156,6 +157,40 @@ TABLES = (
     ("table: two lines for one name", "path\tsubject\na.nii.gz\t01\na.nii.gz\t01\n"),
     ("table: label that does not fit", "path\tsubject\na.nii.gz\t0_1\n"),
 )
+
+
+NAMES_HEAD = """
+## Names that are not quite BIDS
+
+A file that looks like a BOLD run and is not named like one is never passed over in silence: where
+subject, session or kind are in doubt it is left out, else it is taken, and its outputs keep the odd
+name. `keepstill plan` and every call of `snakemake` say how many there are of each, and what is
+wrong with the first three; so does a refusal for want of runs. Rename them, or list the runs in a
+table.
+
+| file | what happens | message |
+|---|---|---|
+"""
+NAMES = (
+    *("func/sub-01_task-rest_BOLD.nii.gz", "func/sub-01_task-rest_bold.NII.GZ"),
+    *("func/sub-01_task-rest_bold.img", "func/sub-01_task-rest_fmri.nii.gz"),
+    *("func/sub-01_task-rest_bold (copy).nii.gz", "func/task-rest_bold.nii.gz"),
+    *("func/sub-02_task-rest_bold.nii.gz", "ses-1/func/sub-01_task-rest_bold.nii.gz"),
+    *("func/sub-01_task-rest_desc-preproc_bold.nii.gz", "anat/sub-01_task-rest_bold.nii.gz"),
+    *("func/sub-01_run-1_task-rest_bold.nii.gz", "func/sub-01_bold.nii.gz"),
+    *("func/sub-01_task-two-back_bold.nii.gz", "func/sub-01_task-rest_run-a_bold.nii.gz"),
+)
+
+
+def name_row(name, bids_dir):
+    """Row of a file whose name does not fit, beside a good one."""
+    for path in (bids_dir / "sub-01" / name, bids_dir / "sub-01/func/sub-01_task-good_bold.nii"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (bids_dir / "dataset_description.json").write_text("{}")
+    left_out, taken = index_runs(bids_dir).misnamed
+    ((_, fault),) = left_out or taken
+    return f"| `sub-01/{name}` | {'left out' if left_out else 'taken'} | `{fault}` |\n"
 
 
 def refused(kind, config, tmp_path):
@@ -208,6 +243,8 @@ def test_the_page_says_what_happens(tmp_path):
         rows.append(study_row(kind, files, config, tmp_path / f"study-{i}"))
     for i, (kind, text) in enumerate(TABLES):
         rows.append(table_row(kind, text, tmp_path / f"table-{i}"))
+    rows.append(NAMES_HEAD)
+    rows += [name_row(name, tmp_path / f"name-{i}") for i, name in enumerate(NAMES)]
     page = HEAD + "".join(rows)
     if os.environ.get("KEEPSTILL_WRITE_DOCS"):
         PAGE.write_text(page)

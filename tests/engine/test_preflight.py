@@ -14,6 +14,7 @@ from keepstill import preflight as engine_preflight
 from keepstill.__main__ import main
 from keepstill.bids import index_runs
 from keepstill.errors import InputError
+from keepstill.misnamed import Misnamed
 from keepstill.preflight import Needs, preflight, read_layout, run_needs, study_needs
 from keepstill.settings import RealignSettings
 from keepstill.stage import REALIGNED_VOXELS, STAGED_VOXELS, stage_run
@@ -35,7 +36,7 @@ def made(tmp_path: Path) -> Study:
         output_dir=tmp_path / "out",
         stage_root=tmp_path / "keepstill-0",
         settings=RealignSettings(),
-        runs={run.name: run for run in index_runs(bids_dir)},
+        runs={run.name: run for run in index_runs(bids_dir).runs},
         has_pages=True,
     )
 
@@ -130,6 +131,15 @@ def test_what_is_told(made: Study, monkeypatch: pytest.MonkeyPatch) -> None:
         f"output: 2.3 GB, 30 GB free in {made.output_dir}",
         f"shared memory: 0.2 GB a lane, 30 GB free in {made.stage_root.parent}",
         "time: about 20 CPU minutes",
+    ]
+
+
+def test_files_with_odd_names_are_told(made: Study) -> None:
+    odd = Misnamed((("a", "why a"), ("b", "why b")), (("c", "why c"),))
+    lines = told(dataclasses.replace(made, misnamed=odd))
+    assert lines[1:3] == [
+        "left out for their names: 2, a (why a), b (why b)",
+        "taken, though their names are not BIDS: 1, c (why c)",
     ]
 
 

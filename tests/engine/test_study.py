@@ -38,7 +38,7 @@ def made(tmp_path: Path) -> engine_study.Study:
         output_dir=tmp_path / "out",
         stage_root=tmp_path / "stage",
         settings=RealignSettings(),
-        runs={run.name: run for run in index_runs(bids_dir)},
+        runs={run.name: run for run in index_runs(bids_dir).runs},
         has_pages=True,
     )
 

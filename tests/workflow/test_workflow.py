@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -149,7 +150,7 @@ def test_every_bids_uri_leads_to_a_file(done: tuple[Place, list[str]]) -> None:
         for text in strings(json.loads(path.read_text())):
             if text.startswith("bids:"):
                 _, data_set, name = text.split(":")
-                assert (output_dir / links[data_set] / name).is_file(), text
+                assert (output_dir / unquote(links[data_set]) / unquote(name)).is_file(), text
                 n_uris += 1
     assert n_uris >= 2 * 10
 
@@ -301,7 +302,8 @@ def test_runs_of_a_table_are_realigned(tmp_path: Path) -> None:
         json.loads((place.output_dir / folder / f"{name}_desc-hmc_bold.json").read_text())
         for folder, name in zip(("sub-7/func", "sub-A1/ses-pre/func"), names, strict=True)
     )
-    assert first["Sources"][0] == "first run.nii.gz"
+    assert (place.output_dir / unquote(first["Sources"][0])).samefile(tmp_path / "first run.nii.gz")
+    assert " " not in first["Sources"][0]
     assert (first["TaskName"], second["TaskName"]) == ("unnamed", "headturn")
     described = json.loads((place.output_dir / "dataset_description.json").read_text())
     assert not {"DatasetLinks", "SourceDatasets"} & described.keys()

@@ -6,7 +6,20 @@
 set -u
 log=$1
 stage_dir=$2
+log_bytes=65536 # more than any job has to say
 shift 2
+
+# Room for the log is taken before the work, lest a disk that fills meanwhile swallow the reason.
+make_log() {
+    : >"$log" &&
+        { fallocate --keep-size --length $log_bytes "$log" ||
+            { head -c $log_bytes /dev/zero >"$log" && : >"$log"; }; }
+} 2>/dev/null
+
+# What the log did not need goes back.
+trim_log() {
+    truncate -s "$(stat -c %s "$log")" "$log"
+} 2>/dev/null
 
 finish() {
     status=$?
@@ -16,6 +29,10 @@ finish() {
     case $status in
         130 | 143) return ;; # interrupted, which is no failure of the run
     esac
+    if [ -n "$no_log" ]; then
+        echo "$no_log" >&2
+        return
+    fi
     last_word=$(grep '^keepstill: ' "$log" | tail -n 1)
     if [ "$status" -ne 0 ]; then
         echo "exit status $status" >>"$log"
@@ -24,12 +41,18 @@ finish() {
         echo "CPU time, user and system, of this script and then of the command:" >>"$log"
         times >>"$log"
     fi
+    trim_log
     [ -z "$last_word" ] || echo "$last_word" >&2
 }
 
+no_log=
 trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+if ! make_log; then
+    no_log="keepstill: $(basename "$log" .log): no room for its log, $log; free space there or choose another output_dir"
+    exit 2
+fi
 exec 3>&2 # the terminal, for what should be told at once
 export KEEPSTILL_TELL_FD=3
-"$@" >"$log" 2>&1
+"$@" >>"$log" 2>&1

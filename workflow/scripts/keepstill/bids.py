@@ -7,23 +7,20 @@ import json
 import logging
 import math
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from keepstill.errors import InputError
+from keepstill.misnamed import Misnamed, misnamed_files
 
 BOLD_EXTENSIONS = (".nii", ".nii.gz")
 FILTERS = {"participants": "sub", "sessions": "ses", "tasks": "task", "runs": "run"}
 DESCRIPTION = "dataset_description.json"
-_NAME = re.compile(r"[A-Za-z0-9+_-]+")
 MAX_SHOWN = 12  # names in an error's line
-
-for _library in ("bids2table", "bidsschematools"):  # what they tell is not for our users
-    logging.getLogger(_library).setLevel(logging.ERROR)
 
 Filters = Mapping[str, Sequence[str | int] | None]
 
@@ -130,8 +127,23 @@ class Sidecars:
         return self._listed[folder]
 
 
-def index_runs(bids_dir: Path, filters: Filters | None = None) -> list[Run]:
-    """BOLD runs of a data set that pass the filters, sorted by name.
+class Index(NamedTuple):
+    """What was found in a data set.
+
+    Attributes
+    ----------
+    runs : list of Run
+        Sorted by name.
+    misnamed : Misnamed
+        Files that look like runs and are not named like them, whatever the filters.
+    """
+
+    runs: list[Run]
+    misnamed: Misnamed
+
+
+def index_runs(bids_dir: Path, filters: Filters | None = None) -> Index:
+    """BOLD runs of a data set that pass the filters, and what was passed over.
 
     Derivatives are not entered. Phase images (``part-phase``) are left out: they are never
     realigned by themselves.
@@ -148,16 +160,43 @@ def index_runs(bids_dir: Path, filters: Filters | None = None) -> list[Run]:
     InputError
         If there is no run, a label matches none, or one name stands for two files.
     """
-    runs = (_run(path) for path in _bold_paths(bids_dir))
-    found = sorted(runs, key=lambda run: (run.name, run.source))
-    kept = [run for run in found if run.entities.get("part") != "phase"]
+    if not bids_dir.is_dir():
+        raise InputError(f"{bids_dir}: no such folder; bids_dir must be a BIDS data set")
+    images = _images(bids_dir)
+    misnamed = misnamed_files(bids_dir, [path for path, suffix in images if suffix == "bold"])
+    try:
+        runs = _named_runs(bids_dir, images, misnamed)
+        kept = filter_runs(runs, filters or {}, bids_dir)
+    except InputError as error:
+        raise InputError("; ".join([str(error), *misnamed.in_words()])) from None
+    _refuse_twins(kept)
+    return Index(kept, misnamed)
+
+
+def _named_runs(
+    bids_dir: Path, images: Sequence[tuple[PurePosixPath, str]], misnamed: Misnamed
+) -> list[Run]:
+    """The runs among the images of a data set, sorted by name."""
+    if not any(bids_dir.glob("sub-*")):
+        raise InputError(
+            f"{bids_dir}: no sub-* folder; bids_dir must be the folder that holds {DESCRIPTION}"
+        )
+    left_out = {PurePosixPath(path) for path, _ in misnamed.left_out}
+    bold = [path for path, suffix in images if suffix == "bold" and path not in left_out]
+    if not bold:
+        counts = collections.Counter(suffix for path, suffix in images if path not in left_out)
+        found = _shown([f"{number} {suffix}" for suffix, number in sorted(counts.items())])
+        raise InputError(
+            f"{bids_dir}: no run found (images found: {found}); needs files "
+            "sub-*/[ses-*/]func/*_bold.nii[.gz]"
+        )
+    runs = sorted((_run(bids_dir / path) for path in bold), key=lambda run: (run.name, run.source))
+    kept = [run for run in runs if run.entities.get("part") != "phase"]
     if not kept:
         raise InputError(
-            f"{bids_dir}: only phase images found ({len(found)}, part-phase), which are never "
+            f"{bids_dir}: only phase images found ({len(runs)}, part-phase), which are never "
             "realigned by themselves; add the magnitude images"
         )
-    kept = filter_runs(kept, filters or {}, bids_dir)
-    _refuse_twins(kept)
     return kept
 
 
@@ -222,7 +261,22 @@ def find_bids_dir(path: Path) -> Path | None:
 
 def bids_uri(path: Path, bids_dir: Path) -> str:
     """BIDS URI of a file in the data set that `DatasetLinks` calls ``raw``."""
-    return f"bids:raw:{path.relative_to(bids_dir).as_posix()}"
+    return f"bids:raw:{percent_encoded(path.relative_to(bids_dir).as_posix())}"
+
+
+def relative_reference(path: Path, folder: Path) -> str:
+    """URI reference of a file or folder from a folder (RFC 3986, 4.2), percent-encoded.
+
+    Links in the folders' paths are followed: ``..`` leads out of the folder where it really is.
+    """
+    parent = os.path.realpath(path.parent)
+    relative = os.path.relpath(os.path.join(parent, path.name), os.path.realpath(folder))
+    return percent_encoded(Path(relative).as_posix())
+
+
+def percent_encoded(path: str) -> str:
+    """A relative path as it stands in a URI; ``+``, which BIDS names may have, stays as it is."""
+    return quote(path, safe="/+")
 
 
 def run_name(path: Path) -> str:
@@ -265,42 +319,34 @@ def derivative_name(
     return "_".join([*kept, *added, ending])
 
 
-def _bold_paths(bids_dir: Path) -> list[Path]:
-    """Files that bids2table takes for BOLD runs.
+def _images(bids_dir: Path) -> list[tuple[PurePosixPath, str]]:
+    """Images that bids2table finds, relative to the data set, and the suffix of each.
 
     It refuses folders with a dot in their name and searches with a glob, so it is shown a link
     with a plain name instead of the folder.
     """
-    if not bids_dir.is_dir():
-        raise InputError(f"{bids_dir}: no such folder; bids_dir must be a BIDS data set")
     if not any(bids_dir.glob("sub-*")):
-        raise InputError(
-            f"{bids_dir}: no sub-* folder; bids_dir must be the folder that holds {DESCRIPTION}"
-        )
+        return []
     from bids2table import index_dataset
 
+    _silence_libraries()
     with tempfile.TemporaryDirectory(prefix="keepstill-") as scratch:
         link = Path(scratch) / "study"
         link.symlink_to(bids_dir.absolute(), target_is_directory=True)
         rows = index_dataset(link).select(["path", "suffix", "ext"]).to_pylist()
-    images = [row for row in rows if row["ext"] in BOLD_EXTENSIONS]
-    paths = [bids_dir / row["path"] for row in images if row["suffix"] == "bold"]
-    if not paths:
-        counts = collections.Counter(row["suffix"] for row in images)
-        found = _shown([f"{number} {suffix}" for suffix, number in sorted(counts.items())])
-        raise InputError(
-            f"{bids_dir}: no run found (images found: {found}); needs files "
-            "sub-*/[ses-*/]func/*_bold.nii[.gz]"
-        )
-    return paths
+    return [
+        (PurePosixPath(row["path"]), row["suffix"]) for row in rows if row["ext"] in BOLD_EXTENSIONS
+    ]
+
+
+def _silence_libraries() -> None:
+    """What they tell is not for our users; once imported, for an import sets their levels."""
+    for library in ("bids2table", "bidsschematools"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _run(path: Path) -> Run:
     name = run_name(path)
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            f"{path}: a BIDS name has letters, digits, +, - and _ only; rename the file"
-        )
     entities = _entities(name)
     return Run(name, path, entities["sub"], entities.get("ses"), entities)
 
@@ -358,6 +404,7 @@ def _entities(name: str) -> dict[str, str]:
     """Entities of a file name and its suffix, labels as written."""
     from bids2table import parse_bids_entities
 
+    _silence_libraries()
     parsed: dict[str, str] = parse_bids_entities(name)
     return {entity: label for entity, label in parsed.items() if entity not in ("ext", "datatype")}
 

@@ -88,7 +88,7 @@ def collect_run(
         outdated = withdraw_manifest(output_dir, result.run.run)
         paths: list[Path] = []
         try:
-            for path in _write_all(result, findings, output_dir / PurePosixPath(folder), n_threads):
+            for path in _write_all(result, findings, output_dir, n_threads):
                 paths.append(path)
             _complete(result, output_dir, describe_outputs(output_dir, paths), summary)
         except BaseException:
@@ -244,9 +244,10 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 
 def _write_all(
-    result: Realigned, findings: Findings, folder: Path, n_threads: int
+    result: Realigned, findings: Findings, output_dir: Path, n_threads: int
 ) -> Iterator[Path]:
     """Write every output and its sidecar; yield their paths."""
+    folder = output_dir / PurePosixPath(result.run.found["folder"])
     table = {name: column.tolist() for name, column in findings.confounds.items()}
     volumes: dict[str, NDArray[Any]] = {
         "boldref": result.reference,
@@ -258,18 +259,18 @@ def _write_all(
         volumes["tsnr_after"] = findings.after.tsnr() * findings.coverage
     path = folder / result.name("confounds")
     write.put_table(path, table)
-    yield from (path, _put_sidecar(path, sidecar(result, "confounds", table)))
+    yield from (path, _put_sidecar(path, sidecar(result, "confounds", output_dir, table)))
     path = folder / result.name("transforms")
     put_file(path, [write.itk_transforms(result.moving_from_reference).encode()])
-    yield from (path, _put_sidecar(path, sidecar(result, "transforms")))
+    yield from (path, _put_sidecar(path, sidecar(result, "transforms", output_dir)))
     for output, volume in volumes.items():
         path = folder / result.name(output)
         write.put_volume(path, _header(result, output, volume), volume)
-        yield from (path, _put_sidecar(path, sidecar(result, output)))
+        yield from (path, _put_sidecar(path, sidecar(result, output, output_dir)))
     if result.series is not None:
         path = folder / result.name("bold")
         _write_series(result, result.series, path, n_threads)
-        yield from (path, _put_sidecar(path, sidecar(result, "bold")))
+        yield from (path, _put_sidecar(path, sidecar(result, "bold", output_dir)))
 
 
 def _write_series(

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from keepstill.errors import OutputError
+
+_LOG_BYTES = 1 << 16  # more than any job's log
 
 
 def put_file(path: Path, parts: Iterable[bytes]) -> None:
@@ -34,17 +37,28 @@ def claim_output_dir(output_dir: Path, what: str) -> None:
     Raises
     ------
     OutputError
-        If it cannot be made or written to.
+        If it cannot be made or written to, or is full.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         is_writable = os.access(output_dir, os.W_OK | os.X_OK)
+        reason = why_no_room(output_dir) if is_writable else "no permission to write"
     except OSError as error:
-        reason = error.strerror
-    else:
-        reason = "" if is_writable else "no permission to write"
+        reason = error.strerror or str(error)
     if reason:
         raise OutputError(f"{what}: cannot write to {output_dir} ({reason}); choose another folder")
+
+
+def why_no_room(folder: Path) -> str:
+    """Why a folder takes not even what jobs have to say (full, quota); empty if it does."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_LOG_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def refuse_foreign_data_set(output_dir: Path, what: str) -> None:

@@ -63,6 +63,7 @@ class Needs:
 def preflight(study: Study, plan: Plan) -> Iterator[str]:
     """Lines for the user: runs found, complete and to do, and what those to do will take."""
     yield plan.in_words(len(study.runs))
+    yield from study.misnamed.in_words()
     if not plan.runs:
         return
     needs = study_needs(study, plan.runs)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill.bids import derivative_folder, derivative_name
+from keepstill.bids import derivative_folder, derivative_name, percent_encoded
 from keepstill.error_bars import expected_errors_mm
 from keepstill.read import StagedRun, open_staged
 from keepstill.settings import RealignSettings
@@ -91,13 +91,13 @@ class Realigned:
         """BIDS URI of an output, by its place in the derivative data set.
 
         A run of a data set that is written to a plain folder has the same URI, so that its
-        sidecars are the same; a run outside any data set has a file name instead.
+        sidecars are the same; a run outside any data set has a relative reference instead.
         """
         folder = PurePosixPath(self.run.found["folder"])
         if self.run.found["bids_dir"] and not folder.name:
             folder = derivative_folder(self.run.run)
-        name = self.name(output)
-        return f"bids::{(folder / name).as_posix()}" if folder.name else name
+        path = percent_encoded((folder / self.name(output)).as_posix())
+        return f"bids::{path}" if folder.name else path
 
 
 def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from keepstill import __version__
-from keepstill.bids import bids_uri
+from keepstill.bids import bids_uri, relative_reference
 from keepstill.confounds import describe_columns
 from keepstill.manifest import REFERENCES, portable_settings
 from keepstill.realigned import Realigned
@@ -78,13 +78,15 @@ def dataset_description(output_dir: Path, bids_dir: str | None) -> dict[str, Any
         "GeneratedBy": [{"Name": "keepstill", "Version": __version__, "CodeURL": CODE_URL}],
     }
     if bids_dir:
-        raw = Path(os.path.relpath(bids_dir, output_dir.absolute())).as_posix()
+        raw = relative_reference(Path(bids_dir), output_dir)
         description["DatasetLinks"] = {"raw": raw}
         description["SourceDatasets"] = [{"URL": raw}]
     return description
 
 
-def sidecar(result: Realigned, output: str, columns: Iterable[str] = ()) -> dict[str, Any]:
+def sidecar(
+    result: Realigned, output: str, output_dir: Path, columns: Iterable[str] = ()
+) -> dict[str, Any]:
     """Content of the JSON beside an output.
 
     Parameters
@@ -92,38 +94,46 @@ def sidecar(result: Realigned, output: str, columns: Iterable[str] = ()) -> dict
     result : Realigned
     output : str
         One of `OUTPUTS`.
+    output_dir : Path
+        Root of the derivatives, from which sources in no data set are named.
     columns : iterable of str
         Of the table, for ``confounds``.
     """
     fields = _FIELDS[output](result) if output in _FIELDS else describe_columns(result, columns)
-    return _provenance(result, output) | fields
+    return _provenance(result, output, output_dir) | fields
 
 
-def _provenance(result: Realigned, output: str) -> dict[str, Any]:
+def _provenance(result: Realigned, output: str, output_dir: Path) -> dict[str, Any]:
     """What made the file: sources, and every setting that entered the run's key."""
     text = _TEXTS[output] + (_TSNR_TEXT if output.startswith("tsnr") else "")
     reference = Path(result.settings.reference).name
     return {
         "Description": text,
-        "Sources": _sources(result, output),
+        "Sources": _sources(result, output, output_dir),
         "KeepstillVersion": __version__,
         "KeepstillSettings": asdict(result.settings) | {"reference": reference},
         "Reference": _reference(result),
     }
 
 
-def _sources(result: Realigned, output: str) -> list[str]:
+def _sources(result: Realigned, output: str, output_dir: Path) -> list[str]:
     found, settings = result.run.found, result.settings
-    uris = []
-    for source in _SOURCES[output]:
-        if source == "bold" and result.series is None:
-            continue
-        uris.append(found["source_uri"] if source == "raw" else result.uri(source))
     if output == "boldref" and settings.reference not in REFERENCES:
-        file, bids_dir = Path(os.path.abspath(settings.reference)), found["bids_dir"]
-        is_raw = bool(bids_dir) and file.is_relative_to(bids_dir)
-        return [bids_uri(file, Path(bids_dir)) if is_raw else file.name]
-    return uris
+        return [_input_uri(Path(settings.reference), found["bids_dir"], output_dir)]
+    raw = _input_uri(Path(found["source"]), found["bids_dir"], output_dir)
+    return [
+        raw if source == "raw" else result.uri(source)
+        for source in _SOURCES[output]
+        if source != "bold" or result.series is not None
+    ]
+
+
+def _input_uri(path: Path, bids_dir: str | None, output_dir: Path) -> str:
+    """BIDS URI of an input in the raw data set; of any other, how to get there."""
+    path = Path(os.path.abspath(path))
+    if bids_dir and path.is_relative_to(bids_dir):
+        return bids_uri(path, Path(bids_dir))
+    return relative_reference(path, output_dir)
 
 
 def _reference(result: Realigned) -> str:

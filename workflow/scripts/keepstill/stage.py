@@ -23,7 +23,7 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from keepstill.bids import Origin, bids_uri
+from keepstill.bids import Origin
 from keepstill.errors import InputError, StageError
 from keepstill.files import put_private
 from keepstill.manifest import stamp_of
@@ -43,6 +43,7 @@ _ROOM_BYTES, _ROOM_BYTES_A_VOXEL, _ROOM_BYTES_A_VOLUME = 1 << 18, 10, 1 << 10
 _SINGLE = "run-"
 DEFAULTS = RealignSettings()
 _CHUNK_BYTES = 1 << 20
+_FIRST_WINDOW_BYTES = 1 << 10  # of a gzip member
 _GZIP_MAGIC = b"\x1f\x8b"
 _TR_TOLERANCE_S = 1e-3
 # A longer repetition time is milliseconds under a header that says seconds.
@@ -127,7 +128,6 @@ def _identity(source: Path, run: str, origin: Origin) -> dict[str, Any]:
         "run": run,
         "folder": origin.folder(run),
         "source": str(source),
-        "source_uri": bids_uri(source, bids_dir) if bids_dir else source.name,
         "bids_dir": str(bids_dir) if bids_dir else None,
     }
 
@@ -287,23 +287,25 @@ class Chunks:
             yield chunk
 
     def _gunzip(self, file: BinaryIO) -> Iterator[bytes]:
-        """Decompress with bounded memory: at most one chunk comes out at a time."""
-        stream = isal_zlib.decompressobj(wbits=31)
-        pending = b""
+        """Decompress with bounded memory: at most one chunk comes out at a time.
+
+        A member is shown the file in windows that grow: behind its end the rest of a window is
+        copied, which for a file of many small members must not be the rest of a chunk.
+        """
+        stream, window = isal_zlib.decompressobj(wbits=31), _FIRST_WINDOW_BYTES
+        pending = memoryview(b"")
         try:
-            while True:
-                if not pending:
-                    pending = file.read(_CHUNK_BYTES)
-                    self._digest.update(pending)
-                    if not pending:
-                        break
+            while pending or (pending := self._compressed(file)):
                 if stream.eof:
-                    if not pending.lstrip(b"\0"):  # padding to a block, as tape drives did
-                        pending = b""
+                    if not any(pending):  # padding to a block, as tape drives did
+                        pending = memoryview(b"")
                         continue
-                    stream = isal_zlib.decompressobj(wbits=31)
-                chunk = stream.decompress(pending, _CHUNK_BYTES)
-                pending = stream.unused_data if stream.eof else stream.unconsumed_tail
+                    stream, window = isal_zlib.decompressobj(wbits=31), _FIRST_WINDOW_BYTES
+                shown = pending[:window]
+                chunk = stream.decompress(shown, _CHUNK_BYTES)
+                left = stream.unused_data if stream.eof else stream.unconsumed_tail
+                pending = pending[len(shown) - len(left) :]
+                window = min(2 * window, _CHUNK_BYTES)
                 if chunk:
                     yield chunk
         except isal_zlib.error as error:  # type: ignore[misc]
@@ -314,6 +316,11 @@ class Chunks:
             raise InputError(
                 f"{self._run}: the file ends inside the gzip stream (truncated); copy it again"
             )
+
+    def _compressed(self, file: BinaryIO) -> memoryview:
+        chunk = file.read(_CHUNK_BYTES)
+        self._digest.update(chunk)
+        return memoryview(chunk)
 
 
 def _checked_stamp(source: Path, run: str) -> Any:

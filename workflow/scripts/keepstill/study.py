@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TextIO
 from keepstill.bids import Run, Sidecars, filter_runs, index_runs, lone_metadata
 from keepstill.config import Config, effective_config, filters_of, run_table_of, settings_of
 from keepstill.errors import InputError, counted
-from keepstill.files import claim_output_dir, refuse_foreign_data_set
+from keepstill.files import claim_output_dir, refuse_foreign_data_set, why_no_room
 from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
+from keepstill.misnamed import NONE_MISNAMED, Misnamed
 from keepstill.run_table import read_run_table
 from keepstill.settings import RealignSettings
 from keepstill.stage import (
@@ -78,6 +79,8 @@ class Study:
         Name -> run, sorted by name.
     has_pages : bool
         Whether pages are wanted.
+    misnamed : Misnamed
+        Files that look like runs and are not named like them.
     """
 
     bids_dir: Path | None
@@ -86,6 +89,7 @@ class Study:
     settings: RealignSettings
     runs: Mapping[str, Run]
     has_pages: bool
+    misnamed: Misnamed = NONE_MISNAMED
 
     @functools.cached_property
     def stage_dir(self) -> Path:
@@ -174,8 +178,10 @@ class Study:
             rest = len(lines) - MAX_FAILURES_SHOWN
             lines[MAX_FAILURES_SHOWN:] = [f"and {rest} more; see {self.output_dir / 'logs'}"]
         if n_waiting:
+            full = why_no_room(self.output_dir)  # then there are no logs to say so
+            why = f": cannot write to {self.output_dir} ({full}); free space there" if full else ""
             lines.append(
-                f"{counted(n_waiting, 'run')} not finished; the next call goes on with them"
+                f"{counted(n_waiting, 'run')} not finished{why}; the next call goes on with them"
             )
         return lines
 
@@ -214,10 +220,11 @@ def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
     config = effective_config(config, given, clone)
     table, filters = run_table_of(config), filters_of(config)
     if table:
-        bids_dir, runs = None, filter_runs(read_run_table(table), filters, table)
+        bids_dir, misnamed = None, NONE_MISNAMED
+        runs = filter_runs(read_run_table(table), filters, table)
     else:
         bids_dir = Path(config["bids_dir"])
-        runs = index_runs(bids_dir, filters)
+        runs, misnamed = index_runs(bids_dir, filters)
     return Study(
         bids_dir=bids_dir,
         output_dir=Path(config["output_dir"]),
@@ -225,6 +232,7 @@ def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
         settings=settings_of(config),
         runs={run.name: run for run in runs},
         has_pages=config["pages"],
+        misnamed=misnamed,
     )
 
 

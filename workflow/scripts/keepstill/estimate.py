@@ -57,8 +57,8 @@ class Estimate:
         Part of the sampling points inside the volume's field of view, 0 to 1.
     scale : float
         Factor that brings the volume's intensity to the reference's.
-    n_lost_slices : int
-        Slices that were left out, since they have lost their signal.
+    lost_slices : tuple of int
+        Slices (z) that were left out, since they have lost their signal.
     covariance : (6, 6) float64
         Of the error of three shifts (mm) and three rotations (rad) about the reference's centre,
         by the residuals' variance as if they were noise.
@@ -73,7 +73,7 @@ class Estimate:
     cost: float
     overlap: float
     scale: float
-    n_lost_slices: int = 0
+    lost_slices: tuple[int, ...] = ()
     covariance: NDArray[np.float64] = field(default_factory=_unknown)
     covariance_by_blocks: NDArray[np.float64] = field(default_factory=_unknown)
 
@@ -138,7 +138,7 @@ def estimate_motion(
         cost=rms / reference.mean_intensity,
         overlap=fit.overlap,
         scale=fit.scale,
-        n_lost_slices=moving.lost_slices.size,
+        lost_slices=tuple(moving.lost_slices.tolist()),
     )
 
 

@@ -132,7 +132,8 @@ def _total(sums: Matrix) -> Matrix:
 
 
 def _predicted(block_normals: Matrix, step: Matrix) -> Matrix:
-    return np.array([product(normal, step)[:, 0] for normal in block_normals])
+    n_blocks, n, _ = block_normals.shape
+    return product(block_normals.reshape(-1, n), step).reshape(n_blocks, n)
 
 
 def _covariances(

@@ -22,9 +22,8 @@ _MOST_LOST = 0.5
 
 
 def slice_means(volume: Volume) -> NDArray[np.float64]:
-    """Mean of each slice of a (nz, ny, nx) volume, (nz,); what is no number counts as 0."""
-    finite = np.where(np.isfinite(volume), volume, np.float32(0))
-    return np.asarray(finite.mean(axis=(1, 2), dtype=np.float64))
+    """Mean of each slice of a (nz, ny, nx) volume of finite voxels, (nz,)."""
+    return np.asarray(volume.reshape(len(volume), -1).mean(axis=1), np.float64)
 
 
 def find_lost_slices(volume: Volume, reference_means: NDArray[np.float64]) -> Slices:
@@ -48,9 +47,8 @@ def find_lost_slices(volume: Volume, reference_means: NDArray[np.float64]) -> Sl
     if (means <= 0).any() or (reference_means <= 0).any() or len(means) < _WINDOW:
         return np.zeros(0, np.int64)
     ratio = means / reference_means
-    reach = _WINDOW // 2
-    around = np.array([np.median(ratio[max(0, z - reach) : z + reach + 1])
-                       for z in range(len(ratio))])  # fmt: skip
+    beside = np.pad(ratio, _WINDOW // 2, mode="reflect")
+    around = np.median(np.lib.stride_tricks.sliding_window_view(beside, _WINDOW), axis=1)
     suspect = ratio < _MOST_KEPT * around
     if suspect.sum() > _MOST_LOST * len(means):
         return np.zeros(0, np.int64)
@@ -59,7 +57,9 @@ def find_lost_slices(volume: Volume, reference_means: NDArray[np.float64]) -> Sl
     return np.array(lost, np.int64)
 
 
-def _is_dip(z: np.signedinteger, whole: Slices, means: NDArray[np.float64], ratio: NDArray[np.float64]) -> bool:
+def _is_dip(
+    z: np.signedinteger, whole: Slices, means: NDArray[np.float64], ratio: NDArray[np.float64]
+) -> bool:
     below, above = whole[whole < z], whole[whole > z]
     if below.size and above.size:
         return bool(means[z] < _MOST_KEPT * min(means[below[-1]], means[above[0]]))

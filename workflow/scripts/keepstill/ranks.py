@@ -290,7 +290,7 @@ def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
         cost=np.array([e.cost for e in estimates]),
         overlap=np.array([e.overlap for e in estimates]),
         scale=np.array([e.scale for e in estimates]),
-        n_lost_slices=np.array([e.n_lost_slices for e in estimates]),
+        n_lost_slices=np.array([len(e.lost_slices) for e in estimates]),
         covariance=np.array([e.covariance for e in estimates]),
         reference=reference.volume,
         affine=reference.affine,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from keepstill import geometry
 from keepstill.errors import EmptyVolumeError, InputError
 from keepstill.estimate import Estimate, estimate_motion
-from keepstill.kernels.aliasing import Fitted
+from keepstill.kernels.aliasing import Fitted, row_phases
 from keepstill.last_step import residuals_of, take_last_step, to_moving_voxel
 from keepstill.lost_slices import filled, find_lost_slices, slice_means
 from keepstill.moving import Coefficients, Moving, prepare_moving
@@ -187,7 +187,7 @@ def model_volumes(task: Task, estimates: list[Estimate]) -> list[int]:
     """
     run, n_most = task.run, task.settings.estimate.model_volumes
     steady = [t for t in range(run.n_dummy, run.n_volumes) if estimates[t].status != "failed"]
-    whole = [t for t in steady if estimates[t].n_lost_slices == 0]
+    whole = [t for t in steady if not estimates[t].lost_slices]
     costs = [estimates[t].cost for t in whole if estimates[t].status == "ok"]
     if not costs:
         return []
@@ -239,12 +239,14 @@ def fitted_volumes(
     """What a run's model is fitted to: residuals in the realigned file, of volumes by slot."""
     slots = sorted(spans)
     affine, reference = task.run.layout.affine, task.target.reference
-    maps = [to_moving_voxel(estimate, affine, reference)[:3] for estimate in estimates]
+    maps = [to_moving_voxel(estimate, affine, reference)[:3].copy() for estimate in estimates]
+    rows = reference.last.points.rows
     return Fitted(
         residuals=open_residuals(task.run, task.target),
         slots=np.array(slots, np.int64),
         spans=np.array([spans[slot] for slot in slots]),
-        maps=np.ascontiguousarray(maps),
+        maps=np.array(maps),
+        phases=np.array([row_phases(to_moving, rows) for to_moving in maps]),
     )
 
 
@@ -309,7 +311,7 @@ class _Worker:
         run, target = task.run, task.target
         self._run, self._target, self._settings = run, target, task.settings
         self._affine, self._reference = run.layout.affine, target.reference
-        whole = target.reference.volume if target.own_grid else run.volume(run.n_dummy)
+        whole = target.reference.volume if target.own_grid else self._volume(run.n_dummy)
         self._slice_means = slice_means(whole)
         self._local = threading.local()
         self._lock = threading.Lock()
@@ -326,19 +328,21 @@ class _Worker:
         if volume.min() == volume.max():
             return Estimate(np.eye(4), "failed", 0, np.nan, 0.0, 1.0)
         settings = self._settings.estimate
-        return estimate_motion(self._moving(volume), self._affine, self._reference, settings)
+        lost = find_lost_slices(volume, self._slice_means)
+        moving = self._moving(volume, lost)
+        return estimate_motion(moving, self._affine, self._reference, settings)
 
     def residuals(
         self, t: int, estimate: Estimate
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Residuals of volume t at the points of the reference's last level, and their spans."""
-        moving = self._moving(self._volume(t))
+        moving = self._moving(self._volume(t), _as_array(estimate.lost_slices))
         to_moving = to_moving_voxel(estimate, self._affine, self._reference)
         return residuals_of(moving, to_moving, self._reference, estimate.scale)
 
     def last_step(self, t: int, estimate: Estimate, model: RunModel) -> Estimate:
         """Estimate of volume t after its last step."""
-        moving = self._moving(self._volume(t))
+        moving = self._moving(self._volume(t), _as_array(estimate.lost_slices))
         return take_last_step(moving, self._affine, self._reference, estimate, model)
 
     def finish(
@@ -351,7 +355,7 @@ class _Worker:
     ) -> Estimate:
         """Take volume t's last step, reslice it and write it to an open file at its offset."""
         volume = self._volume(t)
-        moving = self._moving(volume)
+        moving = self._moving(volume, _as_array(estimate.lost_slices))
         if estimate.status == "reference":
             still = take_last_step(moving, self._affine, self._reference, _AT_REST, model)
             estimate = replace(still, status="reference", moving_from_reference=np.eye(4),
@@ -368,8 +372,7 @@ class _Worker:
     def _volume(self, t: int) -> NDArray[np.float32]:
         return fill_missing(self._run.volume(t))[0]
 
-    def _moving(self, volume: NDArray[np.float32]) -> Moving:
-        lost = find_lost_slices(volume, self._slice_means)
+    def _moving(self, volume: NDArray[np.float32], lost: NDArray[np.int64]) -> Moving:
         coefficients, _ = self._work_space()
         degree = self._settings.estimate.degree
         return prepare_moving(filled(volume, lost), degree, coefficients, lost)
@@ -399,3 +402,7 @@ class _Worker:
             self._local.space = Coefficients((nz, ny, nx)), out
         space: tuple[Coefficients, NDArray[np.float32]] = self._local.space
         return space
+
+
+def _as_array(slices: tuple[int, ...]) -> NDArray[np.int64]:
+    return np.array(slices, np.int64)

@@ -157,7 +157,8 @@ def _block_points(reference: Reference, block: int) -> tuple[Points, slice]:
 
 
 def _of_block(fitted: Fitted, rows: slice) -> Fitted:
-    return fitted._replace(spans=np.ascontiguousarray(fitted.spans[:, rows]))
+    spans, phases = fitted.spans[:, rows], fitted.phases[:, rows]
+    return fitted._replace(spans=np.ascontiguousarray(spans), phases=np.ascontiguousarray(phases))
 
 
 def _extent(points: Points) -> slice:

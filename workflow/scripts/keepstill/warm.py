@@ -1,13 +1,17 @@
 """Compiling every kernel once, into numba's cache, before ranks could race for it."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keepstill.estimate import estimate_motion
+from keepstill.kernels.aliasing import Fitted, row_phases
+from keepstill.last_step import residuals_of, take_last_step
 from keepstill.maps import temporal_moments
 from keepstill.masks import brain_mask
-from keepstill.moving import Coefficients, prepare_moving
-from keepstill.reference import prepare_reference
+from keepstill.moving import Coefficients, Moving, prepare_moving
+from keepstill.reference import Acquisition, Reference, prepare_reference
 from keepstill.reslice import coverage, reslice_volume
+from keepstill.run_model import RunModel, Team, fit_run_model
 from keepstill.settings import EstimateSettings
 
 
@@ -18,12 +22,27 @@ def warm_kernels() -> None:
     volume = (1000 / (1 + np.exp(8 * (x**2 + y**2 + z**2 - 1)))).astype(np.float32)
     affine = np.diag([3.0, 3.0, 3.0, 1.0])
     settings = EstimateSettings()
-    reference = prepare_reference(volume, affine, settings)
-    moving = prepare_moving(volume, settings.degree, Coefficients(volume.shape))
+    reference = prepare_reference(volume, affine, settings, Acquisition(ghost_axis=1))
+    lost = np.array([5], np.int64)
+    moving = prepare_moving(volume, settings.degree, Coefficients(volume.shape), lost)
     estimate = estimate_motion(moving, affine, reference, settings)
+    model = _model(moving, reference)
+    estimate = take_last_step(moving, affine, reference, estimate, model)
     out = np.empty_like(volume)
     reslice_volume(out, moving, affine, estimate.moving_from_reference, affine)
     brain_mask(volume)
     grid = affine, (volume.shape[2], volume.shape[1], volume.shape[0])
     coverage(estimate.moving_from_reference[None], grid, affine, out.shape)
     temporal_moments(lambda t: out, np.arange(2))
+
+
+def _model(moving: Moving, reference: Reference) -> RunModel:
+    """A model of one volume's residuals."""
+    residuals, spans = residuals_of(moving, np.eye(4), reference, 1.0)
+    maps: NDArray[np.float64] = np.eye(4)[None, :3].copy()
+    phases = row_phases(maps[0], reference.last.points.rows)[None]
+    fitted = Fitted(residuals[None].copy(), np.zeros(1, np.int64), spans[None], maps, phases)
+    team = Team(range(len(reference.blocks) - 1), 1, lambda value: [value])
+    shaded = np.zeros((4, 4))
+    shaded[0, 0] = 1e-9
+    return RunModel(fit_run_model(reference, fitted, True, team).fields, shaded)

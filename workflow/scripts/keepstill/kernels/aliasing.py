@@ -4,12 +4,13 @@ A wave is what sampling makes of detail finer than two voxels: it turns once whi
 by one voxel along an axis, and how strong it is, is fixed to the head. See `keepstill.aliasing`.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from keepstill.kernels.compiled import kernel, part
 from keepstill.kernels.sums import N_COLUMNS, Points
 
 # Fields of the model: a constant, then cosine and sine for each axis of the moving grid.
@@ -17,6 +18,8 @@ N_FIELDS = 7
 # Entries of the lower triangle of a (7, 7) matrix, row after row.
 N_FACTORS = N_FIELDS * (N_FIELDS + 1) // 2
 _TURN = 2 * np.pi
+# Certainty of a constant of 0 where no volume sees a point: just enough for a solution.
+_LEAST_CERTAINTY = np.float32(1e-3)
 
 
 class Fitted(NamedTuple):
@@ -32,15 +35,18 @@ class Fitted(NamedTuple):
         First and one past the last point of each row inside each volume's field of view.
     maps : (m, 3, 4) float64
         Voxel (x, y, z, 1) of the reference -> voxel of the volume.
+    phases : (m, n_rows, 6) float32
+        From `row_phases`.
     """
 
     residuals: NDArray[np.float32]
     slots: NDArray[np.int64]
     spans: NDArray[np.int64]
     maps: NDArray[np.float64]
+    phases: NDArray[np.float32]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def wave_table(to_moving: NDArray[np.float64], n: int) -> NDArray[np.float32]:
     """Cosine and sine of how far each axis' wave has turned after 0 ... n - 1 steps in x.
 
@@ -51,51 +57,55 @@ def wave_table(to_moving: NDArray[np.float64], n: int) -> NDArray[np.float32]:
 
     Returns
     -------
-    table : (3, 2, n) float32
+    table : (6, n) float32
     """
-    out = np.empty((3, 2, n), np.float32)
+    out = np.empty((N_FIELDS - 1, n), np.float32)
     for axis in range(3):
-        slope = to_moving[axis, 0] - np.rint(to_moving[axis, 0])
+        slope = to_moving[axis, 0] - round(to_moving[axis, 0])
         for i in range(n):
-            out[axis, 0, i] = np.cos(_TURN * slope * i)
-            out[axis, 1, i] = np.sin(_TURN * slope * i)
+            out[2 * axis, i] = math.cos(_TURN * slope * i)
+            out[2 * axis + 1, i] = math.sin(_TURN * slope * i)
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel
+def row_phases(to_moving: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Cosine and sine of each axis' wave at the first point of rows, (n_rows, 6) float32."""
+    out = np.empty((rows.shape[0], N_FIELDS - 1), np.float32)
+    for r in range(rows.shape[0]):
+        for axis in range(3):
+            start = to_moving[axis, 3] + to_moving[axis, 0] * rows[r, 2]
+            start += to_moving[axis, 1] * rows[r, 0] + to_moving[axis, 2] * rows[r, 1]
+            start -= round(start)
+            out[r, 2 * axis] = math.cos(_TURN * start)
+            out[r, 2 * axis + 1] = math.sin(_TURN * start)
+    return out
+
+
+@kernel
 def fill_waves(
-    waves: NDArray[np.float32],
-    table: NDArray[np.float32],
-    to_moving: NDArray[np.float64],
-    row: NDArray[np.int64],
+    waves: NDArray[np.float32], table: NDArray[np.float32], phases: NDArray[np.float32], n: int
 ) -> None:
     """Cosine and sine of each axis' wave at the points of a row.
 
     Parameters
     ----------
     waves : (6, l) float32
-        Filled for the row's points.
-    table : (3, 2, l) float32
+        Filled for the row's n points.
+    table : (6, l) float32
         From `wave_table`.
-    to_moving : (3, 4) float64
-    row : (5,) int64
-        y, z, first x, number and place.
+    phases : (6,) float32
+        The row's, from `row_phases`.
     """
-    n = row[3]
     for axis in range(3):
-        m = to_moving[axis]
-        start = m[0] * row[2] + m[1] * row[0] + m[2] * row[1] + m[3]
-        start -= np.rint(start)
-        c, s = np.float32(np.cos(_TURN * start)), np.float32(np.sin(_TURN * start))
-        turned_c, turned_s = table[axis, 0], table[axis, 1]
-        cosine, sine = waves[2 * axis], waves[2 * axis + 1]
+        c, s = phases[2 * axis], phases[2 * axis + 1]
         for i in range(n):
-            cosine[i] = c * turned_c[i] - s * turned_s[i]
+            waves[2 * axis, i] = c * table[2 * axis, i] - s * table[2 * axis + 1, i]
         for i in range(n):
-            sine[i] = s * turned_c[i] + c * turned_s[i]
+            waves[2 * axis + 1, i] = s * table[2 * axis, i] + c * table[2 * axis + 1, i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_factors(
     factors: NDArray[np.float32], points: Points, fitted: Fitted, ridge: float
 ) -> None:
@@ -108,56 +118,93 @@ def fill_factors(
     points : Points
         Of the block: its rows alone, which still say their places among all points.
     fitted : Fitted
-        With the spans of the block's rows.
+        With the spans and phases of the block's rows.
     ridge : float
         What is known of the waves' strength beforehand: noise variance over wave variance.
     """
-    length, first = points.rows[:, 3].max(), points.rows[0, 4]
+    rows, m, length = points.rows, fitted.slots.size, _longest(points.rows)
+    tables = _tables(fitted.maps, length)
     waves = np.empty((N_FIELDS - 1, length), np.float32)
-    factors[:] = 0
-    for v in range(fitted.slots.size):
-        table = wave_table(fitted.maps[v], length)
-        for r in range(points.rows.shape[0]):
-            fill_waves(waves, table, fitted.maps[v], points.rows[r])
-            low, high = fitted.spans[v, r, 0], fitted.spans[v, r, 1]
-            at = points.rows[r, 4] - first
-            _add_products(factors[:, at + low : at + high], waves[:, low:high])
-    one = np.float32(1)
-    for a in range(N_FIELDS):
-        diagonal = factors[a * (a + 3) // 2]
-        for i in range(diagonal.size):
-            diagonal[i] += np.float32(ridge) if a else np.float32(1e-3)
-    for a in range(N_FIELDS):
-        for b in range(a + 1):
-            entry = factors[a * (a + 1) // 2 + b]
-            for k in range(b):
-                left, right = factors[a * (a + 1) // 2 + k], factors[b * (b + 1) // 2 + k]
-                for i in range(entry.size):
-                    entry[i] -= left[i] * right[i]
-            if a == b:
-                for i in range(entry.size):
-                    entry[i] = one / np.sqrt(entry[i])
-            else:
-                pivot = factors[b * (b + 3) // 2]
-                for i in range(entry.size):
-                    entry[i] *= pivot[i]
-
-
-@njit(nogil=True, inline="always")
-def _add_products(factors: NDArray[np.float32], waves: NDArray[np.float32]) -> None:
-    n = waves.shape[1]
-    for i in range(n):
-        factors[0, i] += np.float32(1)
-    for a in range(N_FIELDS - 1):
-        base = (a + 1) * (a + 2) // 2
-        for i in range(n):
-            factors[base, i] += waves[a, i]
-        for b in range(a + 1):
+    normal = np.empty((N_FACTORS, length), np.float32)
+    for r in range(rows.shape[0]):
+        n, at = rows[r, 3], rows[r, 4] - rows[0, 4]
+        normal[:] = 0
+        normal[0] = _LEAST_CERTAINTY
+        for a in range(1, N_FIELDS):
+            normal[a * (a + 3) // 2] = ridge
+        for v in range(m):
+            fill_waves(waves, tables[v], fitted.phases[v, r], n)
+            _add_products(normal, waves, fitted.spans[v, r, 0], fitted.spans[v, r, 1])
+        _decompose(normal)
+        for entry in range(N_FACTORS):
             for i in range(n):
-                factors[base + b + 1, i] += waves[a, i] * waves[b, i]
+                factors[entry, at + i] = normal[entry, i]
 
 
-@njit(cache=True, nogil=True)
+@part
+def _tables(maps: NDArray[np.float64], length: int) -> NDArray[np.float32]:
+    out = np.empty((maps.shape[0], N_FIELDS - 1, length), np.float32)
+    for v in range(maps.shape[0]):
+        out[v] = wave_table(maps[v], length)
+    return out
+
+
+@part
+def _longest(rows: NDArray[np.int64]) -> int:
+    n = 0
+    for r in range(rows.shape[0]):
+        n = max(n, rows[r, 3])
+    return n
+
+
+# The functions below have indices that are unsigned: a signed one may be negative and would have
+# to be tested in each lane. Each loop has few arrays, whose overlap a vector loop has to exclude.
+
+
+@part
+def _add_products(
+    normal: NDArray[np.float32], waves: NDArray[np.float32], low: int, high: int
+) -> None:
+    first, last = np.uint64(low), np.uint64(high)
+    for i in range(first, last):
+        normal[0, i] += np.float32(1)
+    for a in range(N_FIELDS - 1):
+        entry = normal[(a + 1) * (a + 2) // 2]
+        for i in range(first, last):
+            entry[i] += waves[a, i]
+        for b in range(a + 1):
+            entry = normal[(a + 1) * (a + 2) // 2 + b + 1]
+            for i in range(first, last):
+                entry[i] += waves[a, i] * waves[b, i]
+
+
+@part
+def _decompose(factors: NDArray[np.float32]) -> None:
+    n, one = factors.shape[1], np.float32(1)
+    known = np.empty(n, np.float32)
+    for a in range(N_FIELDS):
+        for b in range(a + 1):
+            entry, pivot = factors[a * (a + 1) // 2 + b], factors[b * (b + 3) // 2]
+            known[:] = 0
+            for k in range(b):
+                _add_product(known, factors[a * (a + 1) // 2 + k], factors[b * (b + 1) // 2 + k])
+            if a == b:
+                for i in range(n):
+                    entry[i] = one / np.sqrt(entry[i] - known[i])
+            else:
+                for i in range(n):
+                    entry[i] = (entry[i] - known[i]) * pivot[i]
+
+
+@part
+def _add_product(
+    total: NDArray[np.float32], left: NDArray[np.float32], right: NDArray[np.float32]
+) -> None:
+    for i in range(total.size):
+        total[i] += left[i] * right[i]
+
+
+@kernel
 def fit_fields(
     fields: NDArray[np.float32],
     factors: NDArray[np.float32],
@@ -185,38 +232,24 @@ def fit_fields(
     right : (m, 8) float64
         test_jacobian' (residuals - steps - fields) over the block.
     """
-    m, length = fitted.slots.size, points.rows[:, 3].max()
-    tables = np.empty((m, 3, 2, length), np.float32)
-    for v in range(m):
-        tables[v] = wave_table(fitted.maps[v], length)
+    rows, m, length = points.rows, fitted.slots.size, _longest(points.rows)
+    tables = _tables(fitted.maps, length)
     waves = np.empty((m, N_FIELDS - 1, length), np.float32)
     left = np.empty((m, length), np.float32)
     lanes = np.zeros((m, N_COLUMNS, length), np.float32)
     solved = np.empty((N_FIELDS, length), np.float32)
-    first = points.rows[0, 4]
-    for r in range(points.rows.shape[0]):
-        row = points.rows[r]
-        n, at = row[3], row[4]
-        solved[:] = 0
+    for r in range(rows.shape[0]):
+        n, at = rows[r, 3], rows[r, 4]
         for v in range(m):
-            fill_waves(waves[v], tables[v], fitted.maps[v], row)
-            _take_off_step(
-                left[v], fitted.residuals[fitted.slots[v]], points.jacobian, steps[v], row
-            )
-            low, high = fitted.spans[v, r, 0], fitted.spans[v, r, 1]
-            left[v, :low] = 0
-            left[v, high:] = 0
-            _add_right(solved, waves[v], left[v], n)
-        _solve(solved, factors[:, at - first : at - first + n], n)
+            fill_waves(waves[v], tables[v], fitted.phases[v, r], n)
+        _take_off_steps(left, fitted, points.jacobian, steps, (at, r))
+        _fill_right(solved, waves, left, fitted.spans, r)
+        _solve(solved, factors, at - rows[0, 4], n)
         for a in range(N_FIELDS):
-            fields[a, at : at + n] = solved[a, :n]
-        for v in range(m):
-            low, high = fitted.spans[v, r, 0], fitted.spans[v, r, 1]
-            _take_off_fields(left[v], waves[v], solved, (low, high))
-            for a in range(N_COLUMNS):
-                lane, rest, test = lanes[v, a], left[v], points.test_jacobian[a, at : at + n]
-                for i in range(n):
-                    lane[i] += rest[i] * test[i]
+            for i in range(n):
+                fields[a, at + i] = solved[a, i]
+        _take_off_all_fields(left, waves, solved, fitted.spans, r)
+        _add_lanes(lanes, left, points.test_jacobian, fitted.spans, (at, r))
     right = np.zeros((m, N_COLUMNS))
     for v in range(m):
         for a in range(N_COLUMNS):
@@ -225,78 +258,130 @@ def fit_fields(
     return right
 
 
-@njit(nogil=True, inline="always")
-def _take_off_step(
-    out: NDArray[np.float32],
-    residuals: NDArray[np.float32],
+@part
+def _take_off_steps(
+    left: NDArray[np.float32],
+    fitted: Fitted,
     jacobian: NDArray[np.float32],
-    step: NDArray[np.float32],
-    row: NDArray[np.int64],
+    steps: NDArray[np.float32],
+    row: tuple[int, int],
 ) -> None:
-    n, at = row[3], row[4]
-    given = residuals[at : at + n]
-    for i in range(n):
-        out[i] = given[i]
-    for a in range(N_COLUMNS):
-        column, factor = jacobian[a, at : at + n], step[a]
-        for i in range(n):
-            out[i] -= factor * column[i]
+    at, r = np.uint64(row[0]), row[1]
+    for v in range(left.shape[0]):
+        slot = fitted.slots[v]
+        first, last = np.uint64(fitted.spans[v, r, 0]), np.uint64(fitted.spans[v, r, 1])
+        for i in range(first, last):
+            left[v, i] = fitted.residuals[slot, at + i]
+        for a in range(N_COLUMNS):
+            for i in range(first, last):
+                left[v, i] -= steps[v, a] * jacobian[a, at + i]
 
 
-@njit(nogil=True, inline="always")
-def _add_right(
-    right: NDArray[np.float32], waves: NDArray[np.float32], left: NDArray[np.float32], n: int
+@part
+def _fill_right(
+    right: NDArray[np.float32],
+    waves: NDArray[np.float32],
+    left: NDArray[np.float32],
+    spans: NDArray[np.int64],
+    r: int,
 ) -> None:
-    constant = right[0]
-    for i in range(n):
-        constant[i] += left[i]
-    for a in range(N_FIELDS - 1):
-        total, wave = right[a + 1], waves[a]
-        for i in range(n):
-            total[i] += wave[i] * left[i]
+    right[:] = 0
+    for v in range(left.shape[0]):
+        first, last = np.uint64(spans[v, r, 0]), np.uint64(spans[v, r, 1])
+        for i in range(first, last):
+            right[0, i] += left[v, i]
+        for a in range(N_FIELDS - 1):
+            for i in range(first, last):
+                right[a + 1, i] += waves[v, a, i] * left[v, i]
 
 
-@njit(nogil=True, inline="always")
-def _solve(right: NDArray[np.float32], factors: NDArray[np.float32], n: int) -> None:
+@part
+def _take_off_all_fields(
+    left: NDArray[np.float32],
+    waves: NDArray[np.float32],
+    fields: NDArray[np.float32],
+    spans: NDArray[np.int64],
+    r: int,
+) -> None:
+    for v in range(left.shape[0]):
+        first, last = np.uint64(spans[v, r, 0]), np.uint64(spans[v, r, 1])
+        for i in range(first, last):
+            left[v, i] -= fields[0, i]
+        for a in range(N_FIELDS - 1):
+            for i in range(first, last):
+                left[v, i] -= fields[a + 1, i] * waves[v, a, i]
+
+
+@part
+def _add_lanes(
+    lanes: NDArray[np.float32],
+    left: NDArray[np.float32],
+    tests: NDArray[np.float32],
+    spans: NDArray[np.int64],
+    row: tuple[int, int],
+) -> None:
+    at, r = np.uint64(row[0]), row[1]
+    for v in range(left.shape[0]):
+        first, last = np.uint64(spans[v, r, 0]), np.uint64(spans[v, r, 1])
+        for a in range(N_COLUMNS):
+            for i in range(first, last):
+                lanes[v, a, i] += left[v, i] * tests[a, at + i]
+
+
+@part
+def _solve(right: NDArray[np.float32], factors: NDArray[np.float32], at: int, n: int) -> None:
     """Solve for the fields of a row's points, in place."""
+    known = np.empty(n, np.float32)
     for a in range(N_FIELDS):
-        entry = right[a]
+        known[:] = 0
         for b in range(a):
-            factor, known = factors[a * (a + 1) // 2 + b], right[b]
-            for i in range(n):
-                entry[i] -= factor[i] * known[i]
-        pivot = factors[a * (a + 3) // 2]
-        for i in range(n):
-            entry[i] *= pivot[i]
+            _add_product_at(known, factors[a * (a + 1) // 2 + b], at, right[b])
+        _complete(right[a], known, factors[a * (a + 3) // 2], at)
     for a in range(N_FIELDS - 1, -1, -1):
-        entry = right[a]
+        known[:] = 0
         for b in range(a + 1, N_FIELDS):
-            factor, known = factors[b * (b + 1) // 2 + a], right[b]
-            for i in range(n):
-                entry[i] -= factor[i] * known[i]
-        pivot = factors[a * (a + 3) // 2]
-        for i in range(n):
-            entry[i] *= pivot[i]
+            _add_product_at(known, factors[b * (b + 1) // 2 + a], at, right[b])
+        _complete(right[a], known, factors[a * (a + 3) // 2], at)
 
 
-@njit(nogil=True, inline="always")
+@part
+def _add_product_at(
+    total: NDArray[np.float32], left: NDArray[np.float32], at: int, right: NDArray[np.float32]
+) -> None:
+    place = np.uint64(at)
+    for k in range(total.size):
+        i = np.uint64(k)
+        total[i] += left[place + i] * right[i]
+
+
+@part
+def _complete(
+    entry: NDArray[np.float32], known: NDArray[np.float32], pivot: NDArray[np.float32], at: int
+) -> None:
+    place = np.uint64(at)
+    for k in range(known.size):
+        i = np.uint64(k)
+        entry[i] = (entry[i] - known[i]) * pivot[place + i]
+
+
+@part
 def _take_off_fields(
     left: NDArray[np.float32],
     waves: NDArray[np.float32],
     fields: NDArray[np.float32],
-    between: tuple[int, int],
+    between: tuple[int, int, int, int],
 ) -> None:
-    low, high = between
-    constant = fields[0]
-    for i in range(low, high):
-        left[i] -= constant[i]
+    """Take fields from place `at_fields` on off what is at place `at` on."""
+    at, at_fields = np.uint64(between[0]), np.uint64(between[1])
+    first, last = np.uint64(between[2]), np.uint64(between[3])
+    for i in range(first, last):
+        left[at + i] -= fields[0, at_fields + i]
     for a in range(N_FIELDS - 1):
-        field, wave = fields[a + 1], waves[a]
-        for i in range(low, high):
-            left[i] -= field[i] * wave[i]
+        for i in range(first, last):
+            left[at + i] -= fields[a + 1, at_fields + i] * waves[a, i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def take_off_aliasing(
     residuals: NDArray[np.float32],
     points: Points,
@@ -317,17 +402,16 @@ def take_off_aliasing(
     fields : (7, n) float32
         From `fit_fields`.
     """
-    length = points.rows[:, 3].max()
-    table = wave_table(to_moving, length)
+    rows, length = points.rows, _longest(points.rows)
+    table, phases = wave_table(to_moving, length), row_phases(to_moving, rows)
     waves = np.empty((N_FIELDS - 1, length), np.float32)
-    for r in range(points.rows.shape[0]):
-        fill_waves(waves, table, to_moving, points.rows[r])
-        n, at = points.rows[r, 3], points.rows[r, 4]
-        here = residuals[at : at + n]
-        _take_off_fields(here, waves, fields[:, at : at + n], (spans[r, 0], spans[r, 1]))
+    for r in range(rows.shape[0]):
+        at = rows[r, 4]
+        fill_waves(waves, table, phases[r], rows[r, 3])
+        _take_off_fields(residuals, waves, fields, (at, at, spans[r, 0], spans[r, 1]))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def take_off_parabolas(
     residuals: NDArray[np.float32],
     points: Points,
@@ -344,17 +428,17 @@ def take_off_parabolas(
     parabola : (4, 4) float64
         The polynomial's value at voxel p = (x, y, z, 1) is p' parabola p.
     """
+    here = np.ones(4)
     for r in range(points.rows.shape[0]):
-        y, z, x, at = points.rows[r, 0], points.rows[r, 1], points.rows[r, 2], points.rows[r, 4]
-        low, high = spans[r, 0], spans[r, 1]
-        here = np.array([float(x + low), float(y), float(z), 1.0])
+        for axis, column in ((0, 2), (1, 0), (2, 1)):
+            here[axis] = points.rows[r, column]
         value, slope = 0.0, 0.0
         for a in range(4):
             slope += (parabola[0, a] + parabola[a, 0]) * here[a]
             for b in range(4):
                 value += parabola[a, b] * here[a] * here[b]
         c0, c1, c2 = np.float32(value), np.float32(slope), np.float32(parabola[0, 0])
-        residual, image = residuals[at + low : at + high], points.values[at + low : at + high]
-        for i in range(high - low):
-            q = np.float32(i)
-            residual[i] -= image[i] * (c0 + q * (c1 + q * c2))
+        at = np.uint64(points.rows[r, 4])
+        for k in range(np.uint64(spans[r, 0]), np.uint64(spans[r, 1])):
+            i = np.float32(k)
+            residuals[at + k] -= points.values[at + k] * (c0 + i * (c1 + i * c2))

@@ -6,6 +6,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from keepstill.kernels.compiled import kernel, part
+
 _U = np.uint64
 
 
@@ -43,7 +45,7 @@ class Grid(NamedTuple):
     origin: NDArray[np.float64]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_spans(
     centres: NDArray[np.float64],
     reaches: NDArray[np.float64],
@@ -79,7 +81,7 @@ def _span(centre: float, reach: float, spacing: float, size: int) -> tuple[int, 
     return (int(low), int(high)) if high > low else (0, 0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_factors(blobs: Blobs, spreads: NDArray[np.float64], grid: Grid) -> None:
     """The lines of factors of all blobs; `spreads` (n,) float64 in the grid's units."""
     for b in range(spreads.size):
@@ -90,7 +92,7 @@ def fill_factors(blobs: Blobs, spreads: NDArray[np.float64], grid: Grid) -> None
                 blobs.factors[blobs.begins[b, a] + i] = np.exp(-(d * d) / spreads[b] ** 2)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_planes(out: NDArray[np.floating], first_plane: int, blobs: Blobs, grid: Grid) -> None:
     """Sum of blobs on planes of a grid.
 
@@ -107,7 +109,7 @@ def fill_planes(out: NDArray[np.floating], first_plane: int, blobs: Blobs, grid:
         _add_to_plane(out[i], first_plane + i, blobs, grid, False)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_whole_planes(
     out: NDArray[np.integer],
     first_plane: int,
@@ -142,7 +144,7 @@ def fill_whole_planes(
                 plane[j, k] = min(max(sums[j, k], limits[0]), limits[1])
 
 
-@njit(cache=True, nogil=True)
+@part
 def _add_to_plane(
     plane: NDArray[np.floating], i: int, blobs: Blobs, grid: Grid, truncate: bool
 ) -> None:

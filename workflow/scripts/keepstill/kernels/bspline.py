@@ -4,6 +4,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from keepstill.kernels.compiled import kernel, part
+
 # Poles of the direct B-spline filter (Unser 1993, IEEE Trans. Signal Process. 41:834, table 1).
 POLES: dict[int, tuple[float, ...]] = {
     1: (),
@@ -32,7 +34,7 @@ def tap_slots(degree: int) -> tuple[int, int]:
     return (5 - degree) // 2, degree + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def mirror(index: int, size: int) -> int:
     """Index into 0 ... size - 1 of an endless signal mirrored about its first and last sample."""
     index = abs(index)
@@ -45,7 +47,7 @@ def mirror(index: int, size: int) -> int:
     return period - index if index >= size else index
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def filter_lines(lines: NDArray[np.float32], poles: NDArray[np.float32]) -> None:
     """Turn samples into B-spline coefficients over `GAINS`, in place, along the first of two axes.
 
@@ -78,7 +80,7 @@ def filter_lines(lines: NDArray[np.float32], poles: NDArray[np.float32]) -> None
                 lines[i, j] = pole * (lines[i + 1, j] - lines[i, j])
 
 
-@njit(cache=True, nogil=True)
+@part
 def _fill_start(lines: NDArray[np.float32], pole: np.float32) -> None:
     """Put what the causal recursion has gathered of the mirrored past into the first sample."""
     n, m = lines.shape
@@ -99,7 +101,7 @@ def _fill_start(lines: NDArray[np.float32], pole: np.float32) -> None:
         lines[0, j] *= one / (one - power)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def filter_rows(
     rows: NDArray[np.float32],
     poles: NDArray[np.float32],
@@ -138,7 +140,7 @@ def filter_rows(
                 out[first + r, there] = block[source, r]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_coefficients(
     volume: NDArray[np.float32],
     poles: NDArray[np.float32],
@@ -183,7 +185,7 @@ def fill_coefficients(
     _mirror_borders(out, nz, ny)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _mirror_borders(out: NDArray[np.float32], nz: int, ny: int) -> None:
     """Rows beyond the field in y and z; and zeros, which no sum may use, behind each row."""
     for k in range(nz):
@@ -197,7 +199,7 @@ def _mirror_borders(out: NDArray[np.float32], nz: int, ny: int) -> None:
         out[PAD + nz + k] = out[PAD + mirror(nz + k, nz)]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_weights(degree: int, t: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """Weights of the six taps at offsets -2 ... 3 from the base index.
 

@@ -1,11 +1,12 @@
 """Connected parts of masks."""
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from keepstill.kernels.compiled import kernel
 
-@njit(cache=True, nogil=True)
+
+@kernel
 def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Largest part of a (nz, ny, nx) mask whose voxels touch by faces; first of equals."""
     nz, ny, nx = mask.shape

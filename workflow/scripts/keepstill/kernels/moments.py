@@ -1,11 +1,12 @@
 """Sums over time of every voxel, one volume after the other."""
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from keepstill.kernels.compiled import kernel
 
-@njit(cache=True, nogil=True)
+
+@kernel
 def add_volume(
     sums: NDArray[np.float64],
     volume: NDArray[np.float32],

@@ -21,6 +21,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from keepstill.kernels.bspline import GAINS, LANES, filter_lines, mirror
+from keepstill.kernels.compiled import kernel, part
 
 # Coefficients kept on both sides of a row: further out, a row goes on with its last value.
 ROW_PAD = 8
@@ -102,7 +103,7 @@ def width_of(n: int) -> int:
     return -(-n // LANES) * LANES
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def passes_of(moving_voxel_from_voxel: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
     """The three shears that a map of voxels is a product of.
 
@@ -134,7 +135,7 @@ def passes_of(moving_voxel_from_voxel: NDArray[np.float64]) -> tuple[NDArray[np.
     return out, max(abs(out[0, 1]), abs(out[0, 2]), abs(out[1, 2]))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_by_passes(
     out: NDArray[np.float32],
     points: NDArray[np.int64],
@@ -172,7 +173,7 @@ def fill_by_passes(
         _pass_z(out, points[here], spans[here], moving, passes[2], room, (slab, low, high))
 
 
-@njit(cache=True, nogil=True)
+@part
 def _reach(points: NDArray[np.int64], spans: NDArray[np.int64]) -> tuple[int, int]:
     """First and one past the last x that any row needs."""
     low, high = 2**62, -1
@@ -183,7 +184,7 @@ def _reach(points: NDArray[np.int64], spans: NDArray[np.int64]) -> tuple[int, in
     return low, high
 
 
-@njit(cache=True, nogil=True)
+@part
 def _slabs_of(points: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where rows of another y begin, and the number of rows."""
     begins = [0]
@@ -194,7 +195,7 @@ def _slabs_of(points: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array(begins)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _pass_x(
     room: Room, moving: Rows, along: NDArray[np.float64], z: int, reach: tuple[int, int]
 ) -> None:
@@ -239,7 +240,7 @@ def _pass_x(
     filter_lines(plane[: ny * width].reshape(ny, width), moving.poles)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _pass_y(
     room: Room,
     moving: Rows,
@@ -266,7 +267,7 @@ def _pass_y(
         )
 
 
-@njit(cache=True, nogil=True)
+@part
 def _pass_z(
     out: NDArray[np.float32],
     points: NDArray[np.int64],

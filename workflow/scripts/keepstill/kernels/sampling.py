@@ -7,6 +7,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from keepstill.kernels.bspline import FIRST_TAP, LANES, N_TAPS, PAD, fill_weights
+from keepstill.kernels.compiled import kernel, part
 
 # A position this close to the border, in voxels, is still inside the field of view: rounding
 # must not push the outermost voxels of an unmoved volume out of it.
@@ -40,7 +41,7 @@ class Work(NamedTuple):
     lines: NDArray[np.float32]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def new_work() -> Work:
     """Room for `fill_row`."""
     return Work(
@@ -50,7 +51,7 @@ def new_work() -> Work:
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def inside_span(
     start: tuple[float, float, float],
     step: tuple[float, float, float],
@@ -113,7 +114,7 @@ def _line(
     return start, (m[0, 0], m[1, 0], m[2, 0])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def narrow_spans(
     spans: NDArray[np.int64],
     rows: NDArray[np.int64],
@@ -158,7 +159,7 @@ def narrow_spans(
     return n_inside
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def leave_out_slices(
     spans: NDArray[np.int64],
     rows: NDArray[np.int64],
@@ -199,7 +200,7 @@ def leave_out_slices(
     return n_inside
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_row(
     out: NDArray[np.float32],
     coefficients: NDArray[np.float32],
@@ -232,7 +233,7 @@ def fill_row(
         _fill_pieces(out[first : first + n], coefficients, slots, work)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _fill_weight_lines(
     degree: int,
     points: tuple[int, int],
@@ -254,7 +255,7 @@ def _fill_weight_lines(
         fill_weights(degree, fractions[:n], work.lines[N_TAPS * axis : N_TAPS * (axis + 1)])
 
 
-@njit(cache=True, nogil=True)
+@part
 def _fill_pieces(
     out: NDArray[np.float32],
     coefficients: NDArray[np.float32],
@@ -287,7 +288,7 @@ def _fill_pieces(
         i = end
 
 
-@njit(cache=True, nogil=True)
+@part
 def _fill_block(
     coefficients: NDArray[np.float32],
     strides: tuple[int, int, int],
@@ -352,7 +353,7 @@ def _fill_block(
                 )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_unmoved(
     out: NDArray[np.float32],
     rows: NDArray[np.int64],
@@ -370,7 +371,7 @@ def fill_unmoved(
             row[low:high] = volume[z, y, x + low : x + high]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_directly(
     out: NDArray[np.float32],
     rows: NDArray[np.int64],

@@ -5,8 +5,9 @@ voxels, and every loop over time runs on whole vectors.
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from keepstill.kernels.compiled import kernel, part
 
 # Voxels that are looked at together: what is summed of them stays in the nearest cache.
 _LANES = 64
@@ -18,7 +19,7 @@ HALF_BITS = 16
 _LOWER_HALF, _SIGN_BIT, _ALL_BITS = 0xFFFF, 0x80000000, 0xFFFFFFFF
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_moments(block: NDArray[np.float32], out: NDArray[np.float64]) -> None:
     """Mean, variance and lag-1 autocorrelation of each voxel.
 
@@ -38,7 +39,7 @@ def fill_moments(block: NDArray[np.float32], out: NDArray[np.float64]) -> None:
         _from_sums(block, first, last, sums, out)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _fill_sums(
     block: NDArray[np.float32], first: int, last: int, sums: NDArray[np.float64]
 ) -> None:
@@ -59,7 +60,7 @@ def _fill_sums(
             sums[3, i] += more * x * (np.float64(after[i]) - np.float64(start[i]))
 
 
-@njit(cache=True, nogil=True)
+@part
 def _from_sums(
     block: NDArray[np.float32],
     first: int,
@@ -81,7 +82,7 @@ def _from_sums(
         out[LAG1, first + i] = lagged / power if power > 0 else 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_ranked(block: NDArray[np.float32], rank: int, out: NDArray[np.float32]) -> None:
     """Value of a rank, from 0, among the n values of each voxel in order.
 
@@ -104,7 +105,7 @@ def fill_ranked(block: NDArray[np.float32], rank: int, out: NDArray[np.float32])
             out[first + i] = floats[i]
 
 
-@njit(cache=True, nogil=True)
+@part
 def _fill_keys(bits: NDArray[np.int32], first: int, last: int, keys: NDArray[np.int32]) -> None:
     """Whole numbers in the same order as the floats that `bits` are; lanes to spare are 0."""
     keys[:, last - first :] = 0
@@ -114,7 +115,7 @@ def _fill_keys(bits: NDArray[np.int32], first: int, last: int, keys: NDArray[np.
             keys[t, i] = b ^ ((b >> 31) & _LARGEST_KEY)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _bisect(keys: NDArray[np.int32], rank: int, out: NDArray[np.int32]) -> None:
     """Bits of the float of a rank in each lane. Counting needs no branches, as sorting would."""
     low, high = keys[0].copy(), keys[0].copy()
@@ -138,7 +139,7 @@ def _bisect(keys: NDArray[np.int32], rank: int, out: NDArray[np.int32]) -> None:
         out[i] = low[i] ^ ((low[i] >> 31) & _LARGEST_KEY)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def add_squared_steps(
     block: NDArray[np.float32], weights: NDArray[np.float64], totals: NDArray[np.float64]
 ) -> None:
@@ -165,7 +166,7 @@ def add_squared_steps(
             totals[t] += lanes[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_halves(values: NDArray[np.float32], upper: int, counts: NDArray[np.int64]) -> None:
     """Count floats by half their keys: the upper, or the lower of those with a given upper half.
 

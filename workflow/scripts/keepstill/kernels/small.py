@@ -5,11 +5,12 @@ machines; motion must not.
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from keepstill.kernels.compiled import kernel
 
-@njit(cache=True, nogil=True)
+
+@kernel
 def product(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
     """Matrix product a @ b of (n, m) and (m, p) float64, as (n, p) float64."""
     out = np.zeros((a.shape[0], b.shape[1]))
@@ -20,7 +21,7 @@ def product(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float6
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def solution(
     matrix: NDArray[np.float64], right: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], bool]:

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from keepstill.kernels.compiled import kernel, part
 
 # Columns of the Jacobian: shifts x, y, z (mm), rotations x, y, z (rad), relative intensity, and
 # the strength of the ghost of echo-planar images, as a part of the image.
@@ -36,13 +37,13 @@ class Points(NamedTuple):
     test_jacobian: NDArray[np.float32]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def normal_matrix(points: Points) -> NDArray[np.float64]:
     """test_jacobian' jacobian over all points, (8, 8) float64."""
     return cross_sums(points.test_jacobian, points.jacobian, 0, points.values.size)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def cross_sums(
     left: NDArray[np.float32], right: NDArray[np.float32], first: int, last: int
 ) -> NDArray[np.float64]:
@@ -57,7 +58,7 @@ def cross_sums(
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def to_residuals(
     values: NDArray[np.float32], points: Points, spans: NDArray[np.int64], scale: float
 ) -> None:
@@ -84,7 +85,7 @@ def to_residuals(
             row[i] = factor * row[i] - reference_row[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def outside_normal(points: Points, spans: NDArray[np.int64]) -> NDArray[np.float64]:
     """test_jacobian' jacobian over the points outside the spans, (8, 8) float64."""
     out = np.zeros((N_COLUMNS, N_COLUMNS))
@@ -95,7 +96,7 @@ def outside_normal(points: Points, spans: NDArray[np.int64]) -> NDArray[np.float
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def block_sums(
     columns: NDArray[np.float32], residuals: NDArray[np.float32], blocks: NDArray[np.int64]
 ) -> NDArray[np.float64]:
@@ -124,7 +125,7 @@ def block_sums(
     return out
 
 
-@njit(cache=True, nogil=True)
+@part
 def _add_outer(out: NDArray[np.float64], points: Points, low: int, high: int) -> None:
     for i in range(low, high):
         for a in range(N_COLUMNS):
@@ -134,7 +135,7 @@ def _add_outer(out: NDArray[np.float64], points: Points, low: int, high: int) ->
                 )
 
 
-@njit(cache=True, nogil=True)
+@part
 def _add_lanes(
     lanes: NDArray[np.float64],
     residuals: NDArray[np.float32],

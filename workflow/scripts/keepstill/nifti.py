@@ -20,6 +20,8 @@ _POSITION_TOLERANCE_MM = 1.0
 _MOST_FORM_CODE = 5  # nifti1.h
 # Intensity scales beyond these leave no room in a float32.
 _SCALES = (1e-20, 1e20)
+# A first voxel farther from the origin lies outside any building that has a scanner.
+_FARTHEST_MM = 1e5
 # Largest cosine between two axes of a grid; more is shear, which no rigid motion can undo.
 _MOST_SHEAR = 0.01
 _POSITION = (
@@ -172,6 +174,12 @@ def _affine(
     if not np.isfinite(affine).all() or not (sizes.min() > 1e-3 and sizes.max() < 1e3):
         raise InputError(
             f"{run}: voxel sizes {_listed(sizes)} mm found in the affine; it is singular or "
+            "damaged; set sform or qform to the true position"
+        )
+    farthest_mm = float(np.abs(affine[:3, 3]).max())
+    if farthest_mm > _FARTHEST_MM:
+        raise InputError(
+            f"{run}: the first voxel lies {farthest_mm:.3g} mm from the origin; the affine is "
             "damaged; set sform or qform to the true position"
         )
     directions = affine[:3, :3] / sizes

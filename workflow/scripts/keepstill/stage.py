@@ -475,8 +475,8 @@ def _repetition_time(
 def _header_repetition_time(layout: Layout, run: str) -> tuple[float | None, list[str]]:
     """Repetition time by the header, and a warning where its unit cannot be right."""
     tr_s = layout.header_tr_s
-    if not np.isfinite(tr_s) or tr_s <= 0:
-        return None, []
+    if not _SHORTEST_TR_S / 1000 < tr_s < _LONGEST_TR_S * 1000:
+        return None, []  # none, or damaged
     if tr_s < _SHORTEST_TR_S:
         return tr_s * 1000, [
             f"{run}: a repetition time of {tr_s:g} s by the header's unit must be seconds"

@@ -166,7 +166,7 @@ def test_a_voxel_that_nobody_measured_ends_in_words(value, t, tmp_path):
     runs.collected(runs.write_run(tmp_path / "a_bold.nii", data), out, RealignSettings())
     table = runs.read_table(out / "a_desc-confounds_timeseries.tsv")
     good = [status for volume, status in enumerate(table["status"]) if volume != t]
-    assert set(good) == {"reference", "ok"}
+    assert set(good) <= {"reference", "ok"}
     for path in out.glob("*.nii.gz"):
         assert np.isfinite(nib.load(path).get_fdata()).all()
 

@@ -217,7 +217,7 @@ def _refuse_disagreement(
     if not apart_mm <= _POSITION_TOLERANCE_MM:
         raise InputError(
             f"{run}: sform and qform differ by {apart_mm:.1f} mm within the field; say which is "
-            "true: affine_source: sform or affine_source: qform"
+            "true: affine_source: sform or affine_source: qform (keepstill realign: --affine-source)"
         )
 
 
@@ -275,7 +275,7 @@ def check_run_shape(layout: Layout, run: str, in_plane: bool = False) -> None:
     if min(shape[:3]) < 2:
         raise InputError(
             f"{run}: axes {shape} found; rigid motion needs at least 2 voxels along x, y and z; "
-            "for single slices set in_plane: true"
+            "for single slices set in_plane: true (keepstill realign: --in-plane)"
         )
 
 

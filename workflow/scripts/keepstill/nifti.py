@@ -217,7 +217,8 @@ def _refuse_disagreement(
     if not apart_mm <= _POSITION_TOLERANCE_MM:
         raise InputError(
             f"{run}: sform and qform differ by {apart_mm:.1f} mm within the field; say which is "
-            "true: affine_source: sform or affine_source: qform (keepstill realign: --affine-source)"
+            "true: affine_source: sform or affine_source: qform (keepstill realign: "
+            "--affine-source)"
         )
 
 

@@ -12,6 +12,7 @@ from keepstill.errors import InputError
 
 # Bytes that hold the header of either version of NIfTI, extensions aside.
 HEADER_BYTES = 540
+GZIP_MAGIC = b"\x1f\x8b"
 # Codes of xyzt_units (nifti1.h); any other value is no unit.
 _SPACE_UNITS = {1: "m", 2: "mm", 3: "micron"}
 _SECONDS = {8: 1.0, 16: 1e-3, 24: 1e-6}
@@ -348,6 +349,8 @@ def _copy_acquisition(source: Any, header: Any) -> None:
 
 
 def _parse_header(first_bytes: bytes, run: str) -> Any:
+    if first_bytes.startswith(GZIP_MAGIC):
+        raise InputError(f"{run}: compressed twice; decompress the file once")
     size = int.from_bytes(first_bytes[:4], "little"), int.from_bytes(first_bytes[:4], "big")
     kind = nib.Nifti2Header if 540 in size else nib.Nifti1Header
     if len(first_bytes) < kind.sizeof_hdr or not {348, 540} & set(size):

@@ -15,7 +15,14 @@ from isal import isal_zlib
 
 from keepstill.errors import InputError, counted
 from keepstill.manifest import REFERENCES
-from keepstill.nifti import HEADER_BYTES, Layout, check_run_shape, check_units, parse_layout
+from keepstill.nifti import (
+    GZIP_MAGIC,
+    HEADER_BYTES,
+    Layout,
+    check_run_shape,
+    check_units,
+    parse_layout,
+)
 from keepstill.settings import RealignSettings
 from keepstill.study import Plan, Study
 
@@ -32,7 +39,6 @@ PAGE_BYTES = 200_000  # page, picture and sidecars
 STAGED_BYTES_PER_VOXEL = 4  # of the realigned run, float32, beside the run as it is stored
 
 PEEK_BYTES = 1 << 14
-GZIP_MAGIC = b"\x1f\x8b"
 MAX_DEFLATED = 1032  # times; no deflate stream becomes larger (zlib's technical details)
 MAX_NAMED = 10
 GB, MVOXEL = 1e9, 1e6

@@ -33,6 +33,12 @@ def bad_crc(tmp_path):
     return path
 
 
+def compressed_twice(folder):
+    source = good(folder)
+    source.write_bytes(gzip.compress(source.read_bytes()))
+    return source
+
+
 def text(tmp_path):
     path = tmp_path / "a_bold.nii.gz"
     path.write_text("subject,age\n01,23\n" * 100)

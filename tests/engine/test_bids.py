@@ -199,7 +199,12 @@ def test_an_odd_name_is_taken_and_told(made: Path, path: str, fault: str) -> Non
 
 def test_what_is_no_run_is_not_told(made: Path) -> None:
     make(made, "sub-02_T1w.nii.gz", "sub-02_task-x_sbref.nii", "._sub-02_task-rest_bold.nii.gz")
-    make(made, "sub-02_task-rest_bold.txt", "sub-02_task-rest_boldref.nii.gz")
+    make(
+        made,
+        "sub-02_task-rest_bold.txt",
+        "sub-02_task-rest_boldref.nii.gz",
+        "sub-02_stat-tsnr_boldmap.nii.gz",
+    )
     assert not any(bids.index_runs(made).misnamed)
 
 

@@ -97,6 +97,7 @@ def test_qform_alone(tmp_path):
         ([(3, 0, 0, 0), (0, 3, 0, 0), (0, 0, 0, 0)], "singular"),
         ([(3, 1, 0, 0), (0, 3, 0, 0), (0, 0, 4, 0)], "sheared"),
         ([(np.nan, 0, 0, 0), (0, 3, 0, 0), (0, 0, 4, 0)], "damaged"),
+        ([(3, 0, 0, 1e18), (0, 3, 0, 0), (0, 0, 4, 0)], r"first voxel lies 1e\+18 mm from"),
     ],
 )
 def test_affine_that_no_scanner_makes(rows, words, tmp_path):
@@ -114,7 +115,10 @@ def test_units(tmp_path):
 
 @pytest.mark.parametrize(
     ("tr", "units", "expected_s"),
-    [(2000.0, 2 | 8, 2.0), (2000.0, 2 | 16, 2.0), (0.0, 2 | 8, None), (2.5, 2, 2.5)],
+    [
+        *((2000.0, 2 | 8, 2.0), (2000.0, 2 | 16, 2.0), (0.0, 2 | 8, None), (2.5, 2, 2.5)),
+        *((1e-27, 2 | 8, None), (1e9, 2 | 8, None), (np.nan, 2 | 8, None)),
+    ],
 )
 def test_repetition_time_without_sidecar(tr, units, expected_s, tmp_path):
     source = small(tmp_path, sidecar=False)
@@ -150,6 +154,21 @@ def test_some_voxels_are_no_numbers(tmp_path):
     assert realign(clean, tmp_path / "clean") == 0
     expected = [float(v) for v in column(tmp_path / "clean", "trans_y")]
     np.testing.assert_allclose(motion, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("value", [1e9, 1e16, 1e25, 3e38, -1e31])
+@pytest.mark.parametrize("t", [0, 2])
+def test_a_voxel_that_nobody_measured_ends_in_words(value, t, tmp_path):
+    """A flipped bit in a float makes 1e30 of 100; a step of 1e20 mm was a singular affine."""
+    data = runs.ball_run(4).astype(np.float32)
+    data[10, 11, 7, t] = value
+    out = tmp_path / "out"
+    runs.collected(runs.write_run(tmp_path / "a_bold.nii", data), out, RealignSettings())
+    table = runs.read_table(out / "a_desc-confounds_timeseries.tsv")
+    good = [status for volume, status in enumerate(table["status"]) if volume != t]
+    assert set(good) <= {"reference", "ok"}
+    for path in out.glob("*.nii.gz"):
+        assert np.isfinite(nib.load(path).get_fdata()).all()
 
 
 def test_one_volume_is_no_number_at_all(tmp_path):

@@ -149,8 +149,8 @@ def test_dvars_equal_nipype_s(made, columns):
         found = runs.numbers(columns[name])
         assert np.isnan(found[0])
         assert min(found[DEAD], found[DEAD + 1]) > 5 * np.median(values)
-        np.testing.assert_allclose(found[1:DEAD], values[: DEAD - 1], rtol=2e-6)
-        np.testing.assert_allclose(found[DEAD + 2 :], values[DEAD:], rtol=2e-6)
+        np.testing.assert_allclose(found[1:DEAD], values[: DEAD - 1], rtol=1e-6)
+        np.testing.assert_allclose(found[DEAD + 2 :], values[DEAD:], rtol=1e-6)
 
 
 def test_tsnr_leaves_out_what_says_nothing(made, summary):

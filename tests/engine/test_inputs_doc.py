@@ -39,6 +39,7 @@ ROWS = (
     ),
     ("truncated gzip stream", inputs.truncated),
     ("gzip checksum wrong", inputs.bad_crc),
+    ("gzip in gzip", inputs.compressed_twice),
     ("text under the name .nii.gz", inputs.text),
     ("text under the name .nii", inputs.plain_text),
     ("empty file", inputs.empty),

@@ -115,10 +115,23 @@ def test_a_broken_file_is_named_and_stops_nothing(made: Study, kind: str) -> Non
         read_layout(source, RUNS[1])
     assert "\n" not in str(caught.value)
     needs = study_needs(made, RUNS)
-    assert [name for name, _ in needs.unreadable] == [RUNS[1]]
+    assert [name for name, _ in needs.refused] == [RUNS[1]]
     assert needs.output_bytes == pytest.approx(study_needs(made, RUNS[::2]).output_bytes)
-    (line,) = (line for line in told(made) if line.startswith("unreadable"))
-    assert line.startswith(f"unreadable, and not in these figures: 1 run, {RUNS[1]}; the first: ")
+    (line,) = (line for line in told(made) if line.startswith("to be refused"))
+    assert line.startswith(
+        f"to be refused, and not in these figures: 1 run, {RUNS[1]}; the first: "
+    )
+
+
+def test_what_stage_will_refuse_for_its_header_is_told(made: Study) -> None:
+    runs.write_run(made.runs[RUNS[0]].source, runs.ball_run(3)[:, :, :1])
+    runs.write_run(made.runs[RUNS[1]].source, runs.ball_run(3)[..., 0])
+    needs = study_needs(made, RUNS)
+    assert [name for name, _ in needs.refused] == [RUNS[0], RUNS[1]]
+    assert "set in_plane: true" in needs.refused[0][1]
+    settings = dataclasses.replace(made.settings, in_plane=True)
+    needs = study_needs(dataclasses.replace(made, settings=settings), RUNS)
+    assert [name for name, _ in needs.refused] == [RUNS[1]]
 
 
 def test_what_is_told(made: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +166,7 @@ def test_a_warning_when_it_will_not_fit(made: Study, monkeypatch: pytest.MonkeyP
     assert memory.startswith(f"warning: the largest run will not fit into {made.stage_root.parent}")
 
 
-def test_many_unreadable_runs_are_cut_short(made: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_refused_runs_are_cut_short(made: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_preflight, "MAX_NAMED", 2)
     for run in made.runs.values():
         run.source.write_bytes(b"")
@@ -182,7 +195,7 @@ def test_the_position_that_counts_is_the_user_s_choice(made: Study) -> None:
     with pytest.raises(InputError, match="affine_source"):
         read_layout(source, RUNS[0])
     chosen = dataclasses.replace(made, settings=RealignSettings(affine_source="qform"))
-    assert study_needs(made, RUNS).unreadable and not study_needs(chosen, RUNS).unreadable
+    assert study_needs(made, RUNS).refused and not study_needs(chosen, RUNS).refused
 
 
 def test_the_settings_count(made: Study, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def stage(source, tmp_path):
     [
         (inputs.truncated, "truncated"),
         (inputs.truncated_trailer, "truncated"),
+        (inputs.compressed_twice, "compressed twice"),
         (inputs.bad_crc, "gzip stream is damaged"),
         (inputs.text, "is no gzip file"),
         (inputs.plain_text, "no NIfTI header"),

@@ -26,6 +26,8 @@ _LEAST_SHRINKAGE = 0.02
 # After so many steps on a level, a point that has left the field of view stays out: points that
 # come and go with every step, in a run of few slices, can keep a fit from ever settling.
 _STEPS_WITH_FREE_FIELD = 8
+# A step longer than this, in mm or rad, leads out of any scanner: voxels of 1e20 and the like.
+_MOST_STEP = 1e4
 # A smaller part of the points than this in the field says nothing any more.
 _LEAST_OVERLAP = 0.1
 # A fit that leaves more of the reference's variance than this unexplained has found something
@@ -215,6 +217,7 @@ def _is_sensible(step: NDArray[np.float64], regular: bool, overlap: float) -> bo
     return (
         regular
         and bool(np.isfinite(step).all())
+        and bool(np.abs(step[:6, 0]).max() < _MOST_STEP)
         and overlap >= _LEAST_OVERLAP
         and step[6, 0] > -0.9  # the scale is divided by 1 + this
     )

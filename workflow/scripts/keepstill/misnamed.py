@@ -20,7 +20,19 @@ _DERIVED = (
 _INDICES = ("run", "echo", "chunk")
 # Suffixes of images that are no runs, in whatever folder they lie.
 _NO_RUNS = (
-    *("cbv", "sbref", "phase", "boldref", "noRF", "epi", "mask", "T1w", "T2w", "fieldmap"),
+    *(
+        "cbv",
+        "sbref",
+        "phase",
+        "boldref",
+        "boldmap",
+        "noRF",
+        "epi",
+        "mask",
+        "T1w",
+        "T2w",
+        "fieldmap",
+    ),
     *("phasediff", "phase1", "phase2", "magnitude", "magnitude1", "magnitude2"),
 )
 _FOREIGN = (".img", ".hdr", ".mgz", ".mgh", ".head", ".brik", ".nii.bz2", ".nii.xz", ".nii.zst")

@@ -12,6 +12,7 @@ from keepstill.errors import InputError
 
 # Bytes that hold the header of either version of NIfTI, extensions aside.
 HEADER_BYTES = 540
+GZIP_MAGIC = b"\x1f\x8b"
 # Codes of xyzt_units (nifti1.h); any other value is no unit.
 _SPACE_UNITS = {1: "m", 2: "mm", 3: "micron"}
 _SECONDS = {8: 1.0, 16: 1e-3, 24: 1e-6}
@@ -20,6 +21,8 @@ _POSITION_TOLERANCE_MM = 1.0
 _MOST_FORM_CODE = 5  # nifti1.h
 # Intensity scales beyond these leave no room in a float32.
 _SCALES = (1e-20, 1e20)
+# A first voxel farther from the origin lies outside any building that has a scanner.
+_FARTHEST_MM = 1e5
 # Largest cosine between two axes of a grid; more is shear, which no rigid motion can undo.
 _MOST_SHEAR = 0.01
 _POSITION = (
@@ -174,6 +177,12 @@ def _affine(
             f"{run}: voxel sizes {_listed(sizes)} mm found in the affine; it is singular or "
             "damaged; set sform or qform to the true position"
         )
+    farthest_mm = float(np.abs(affine[:3, 3]).max())
+    if farthest_mm > _FARTHEST_MM:
+        raise InputError(
+            f"{run}: the first voxel lies {farthest_mm:.3g} mm from the origin; the affine is "
+            "damaged; set sform or qform to the true position"
+        )
     directions = affine[:3, :3] / sizes
     shear = np.abs(directions.T @ directions - np.eye(3)).max()
     if shear > _MOST_SHEAR:
@@ -209,7 +218,8 @@ def _refuse_disagreement(
     if not apart_mm <= _POSITION_TOLERANCE_MM:
         raise InputError(
             f"{run}: sform and qform differ by {apart_mm:.1f} mm within the field; say which is "
-            "true: affine_source: sform or affine_source: qform"
+            "true: affine_source: sform or affine_source: qform (keepstill realign: "
+            "--affine-source)"
         )
 
 
@@ -267,7 +277,7 @@ def check_run_shape(layout: Layout, run: str, in_plane: bool = False) -> None:
     if min(shape[:3]) < 2:
         raise InputError(
             f"{run}: axes {shape} found; rigid motion needs at least 2 voxels along x, y and z; "
-            "for single slices set in_plane: true"
+            "for single slices set in_plane: true (keepstill realign: --in-plane)"
         )
 
 
@@ -339,6 +349,8 @@ def _copy_acquisition(source: Any, header: Any) -> None:
 
 
 def _parse_header(first_bytes: bytes, run: str) -> Any:
+    if first_bytes.startswith(GZIP_MAGIC):
+        raise InputError(f"{run}: compressed twice; decompress the file once")
     size = int.from_bytes(first_bytes[:4], "little"), int.from_bytes(first_bytes[:4], "big")
     kind = nib.Nifti2Header if 540 in size else nib.Nifti1Header
     if len(first_bytes) < kind.sizeof_hdr or not {348, 540} & set(size):

@@ -15,7 +15,14 @@ from isal import isal_zlib
 
 from keepstill.errors import InputError, counted
 from keepstill.manifest import REFERENCES
-from keepstill.nifti import HEADER_BYTES, Layout, parse_layout
+from keepstill.nifti import (
+    GZIP_MAGIC,
+    HEADER_BYTES,
+    Layout,
+    check_run_shape,
+    check_units,
+    parse_layout,
+)
 from keepstill.settings import RealignSettings
 from keepstill.study import Plan, Study
 
@@ -32,7 +39,6 @@ PAGE_BYTES = 200_000  # page, picture and sidecars
 STAGED_BYTES_PER_VOXEL = 4  # of the realigned run, float32, beside the run as it is stored
 
 PEEK_BYTES = 1 << 14
-GZIP_MAGIC = b"\x1f\x8b"
 MAX_DEFLATED = 1032  # times; no deflate stream becomes larger (zlib's technical details)
 MAX_NAMED = 10
 GB, MVOXEL = 1e9, 1e6
@@ -50,14 +56,15 @@ class Needs:
         In the stage root while the largest run is worked on.
     cpu_s : float
         All runs together.
-    unreadable : tuple of (str, str)
-        Name of each run that cannot be read, and why; not in the figures.
+    refused : tuple of (str, str)
+        Name of each run that cannot be read or is no series of volumes, and why; not in the
+        figures.
     """
 
     output_bytes: float = 0.0
     lane_bytes: float = 0.0
     cpu_s: float = 0.0
-    unreadable: tuple[tuple[str, str], ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
 
 
 def preflight(study: Study, plan: Plan) -> Iterator[str]:
@@ -72,8 +79,8 @@ def preflight(study: Study, plan: Plan) -> Iterator[str]:
     yield f"output: {_gb(needs.output_bytes)}, {_gb(output_free)} free in {study.output_dir}"
     yield f"shared memory: {_gb(needs.lane_bytes)} a lane, {_gb(shared_free)} free in {shared}"
     yield f"time: about {_minutes(needs.cpu_s)}"
-    if needs.unreadable:
-        yield _unreadable_in_words(needs.unreadable)
+    if needs.refused:
+        yield _refused_in_words(needs.refused)
     if needs.output_bytes > output_free:
         yield (
             f"warning: the outputs will not fit into {study.output_dir}; free "
@@ -90,18 +97,20 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
     """What these runs of a study will take."""
     grid_voxels = _reference_voxels(study.settings)
     output_bytes = lane_bytes = cpu_s = 0.0
-    unreadable = []
+    refused = []
     for name in names:
         try:
             layout = read_layout(study.runs[name].source, name, study.settings.affine_source)
+            check_run_shape(layout, name, study.settings.in_plane)
+            check_units(layout, name)
         except InputError as error:
-            unreadable.append((name, str(error).removeprefix(f"{name}: ")))
+            refused.append((name, str(error).removeprefix(f"{name}: ")))
             continue
         needs = run_needs(layout, study.settings, grid_voxels)
         output_bytes += needs.output_bytes
         lane_bytes = max(lane_bytes, needs.lane_bytes)
         cpu_s += needs.cpu_s
-    return Needs(output_bytes, lane_bytes, cpu_s, tuple(unreadable))
+    return Needs(output_bytes, lane_bytes, cpu_s, tuple(refused))
 
 
 def run_needs(layout: Layout, settings: RealignSettings, grid_voxels: int | None = None) -> Needs:
@@ -141,6 +150,11 @@ def read_layout(source: Path, run: str, affine_source: str = "auto") -> Layout:
         If the file cannot be read, begins with no NIfTI header, or is too small for its header.
     """
     try:
+        if source.is_symlink() and not source.exists():
+            raise InputError(
+                f"{run}: {source} is a link to a file that is not there; fetch it (datalad get "
+                f"{source.name}) or mend the link"
+            )
         if not source.is_file() and source.exists():
             raise InputError(f"{run}: {source} is no plain file")
         with source.open("rb", buffering=0) as file:
@@ -184,13 +198,13 @@ def _reference_voxels(settings: RealignSettings) -> int | None:
     return None
 
 
-def _unreadable_in_words(unreadable: tuple[tuple[str, str], ...]) -> str:
-    names = [name for name, _ in unreadable[:MAX_NAMED]]
-    rest = len(unreadable) - len(names)
+def _refused_in_words(refused: tuple[tuple[str, str], ...]) -> str:
+    names = [name for name, _ in refused[:MAX_NAMED]]
+    rest = len(refused) - len(names)
     more = f" and {rest} more" if rest else ""
     return (
-        f"unreadable, and not in these figures: {counted(len(unreadable), 'run')}, "
-        f"{', '.join(names)}{more}; the first: {unreadable[0][1]}"
+        f"to be refused, and not in these figures: {counted(len(refused), 'run')}, "
+        f"{', '.join(names)}{more}; the first: {refused[0][1]}"
     )
 
 

@@ -47,6 +47,10 @@ def valid_filtered(volume: Volume, taps: Sequence[float], axis: int) -> Volume:
     return out
 
 
+# A greater value is none: no scanner measures it, and a spline's filter would overflow.
+_LARGEST = 1e30
+
+
 def fill_missing(volume: Volume) -> tuple[Volume, NDArray[np.bool_] | None]:
     """A volume whose voxels are all numbers, and which were not.
 
@@ -56,7 +60,7 @@ def fill_missing(volume: Volume) -> tuple[Volume, NDArray[np.bool_] | None]:
     Parameters
     ----------
     volume : (nz, ny, nx) float32
-        NaN and infinite voxels are holes; never modified.
+        NaN, infinite and absurdly large voxels are holes; never modified.
 
     Returns
     -------
@@ -65,9 +69,9 @@ def fill_missing(volume: Volume) -> tuple[Volume, NDArray[np.bool_] | None]:
     missing : (nz, ny, nx) bool or None
         None if it has no hole.
     """
-    if np.isfinite(volume.min()) and np.isfinite(volume.max()):  # NaN is the least of all
+    if volume.min() >= -_LARGEST and volume.max() <= _LARGEST:  # NaN is the least of all
         return volume, None
-    missing = ~np.isfinite(volume)
+    missing = ~(np.abs(volume) <= _LARGEST)
     weight = lowpass((~missing).astype(np.float32), _FILL_FWHM_VOXELS)
     mean = lowpass(np.where(missing, np.float32(0), volume), _FILL_FWHM_VOXELS)
     near = weight > _LEAST_FILL_WEIGHT

@@ -27,7 +27,14 @@ from keepstill.bids import Origin
 from keepstill.errors import InputError, StageError
 from keepstill.files import put_private
 from keepstill.manifest import stamp_of
-from keepstill.nifti import HEADER_BYTES, Layout, check_run_shape, check_units, parse_layout
+from keepstill.nifti import (
+    GZIP_MAGIC,
+    HEADER_BYTES,
+    Layout,
+    check_run_shape,
+    check_units,
+    parse_layout,
+)
 from keepstill.settings import RealignSettings
 from keepstill.survey import check_signal, count_dummies
 
@@ -44,7 +51,6 @@ _SINGLE = "run-"
 DEFAULTS = RealignSettings()
 _CHUNK_BYTES = 1 << 20
 _FIRST_WINDOW_BYTES = 1 << 10  # of a gzip member
-_GZIP_MAGIC = b"\x1f\x8b"
 _TR_TOLERANCE_S = 1e-3
 # A longer repetition time is milliseconds under a header that says seconds.
 _LONGEST_TR_S = 100.0
@@ -272,7 +278,7 @@ class Chunks:
 
     def _read(self, source: Path) -> Iterator[bytes]:
         with source.open("rb") as file:
-            is_gzip = file.read(2) == _GZIP_MAGIC
+            is_gzip = file.read(2) == GZIP_MAGIC
             file.seek(0)
             if not is_gzip and source.name.endswith(".gz"):
                 raise InputError(
@@ -475,8 +481,8 @@ def _repetition_time(
 def _header_repetition_time(layout: Layout, run: str) -> tuple[float | None, list[str]]:
     """Repetition time by the header, and a warning where its unit cannot be right."""
     tr_s = layout.header_tr_s
-    if not np.isfinite(tr_s) or tr_s <= 0:
-        return None, []
+    if not _SHORTEST_TR_S / 1000 < tr_s < _LONGEST_TR_S * 1000:
+        return None, []  # none, or damaged
     if tr_s < _SHORTEST_TR_S:
         return tr_s * 1000, [
             f"{run}: a repetition time of {tr_s:g} s by the header's unit must be seconds"

@@ -44,10 +44,13 @@ from keepstill.reference import Reference, wide_lowpassed
 Matrix = NDArray[np.float64]
 T = TypeVar("T")
 
-# A wave is expected to be about as strong as the noise.
-_RIDGE = 1.0
-# Rounds of fields and steps; with three earlier rounds to go by, more change no volume by 1 um.
-_ROUNDS, _MEMORY = 8, 3
+# Noise variance over that of a wave, as is expected: waves are stronger.
+_RIDGE = 0.5
+# Rounds of fields and steps of the early volumes; with three earlier rounds to go by, more change
+# little. Every third volume is early, if that makes enough of them.
+_ROUNDS, _MEMORY = 4, 3
+_EARLY_EVERY, _FEWEST_EARLY = 3, 24
+_NO_FACTORS = np.zeros((N_FACTORS, 0), np.float32)
 # Anderson's weights see motion only: shifts in mm, rotations in mm at this radius.
 _RADIUS_MM = 65.0
 # Scanner positions are measured in units of this, mm, and the coefficients of the log of the
@@ -167,38 +170,88 @@ def _extent(points: Points) -> slice:
 
 
 def _fit_fields(reference: Reference, fitted: Fitted, team: Team) -> NDArray[np.float32]:
-    """Fields of aliasing, solved for in turn with the volumes' steps."""
-    last, m = reference.last, len(fitted.slots)
-    normals = [last.normal - outside_normal(last.points, spans) for spans in fitted.spans]
-    parts = {block: _block_points(reference, block) for block in team.blocks}
-    extents = {block: _extent(points) for block, (points, _) in parts.items()}
-    factors: dict[int, NDArray[np.float32]] = {}
-    fields = np.zeros((N_FIELDS, last.points.values.size), np.float32)
-    steps = np.zeros((m, N_COLUMNS))
-    history: list[tuple[Matrix, Matrix]] = []
+    """Fields of aliasing, solved for in turn with the volumes' steps.
 
-    def round_of(block: int) -> Matrix:
-        points, rows = parts[block]
-        of_block = _of_block(fitted, rows)
-        if block not in factors:
-            extent = extents[block]
-            factors[block] = np.empty((N_FACTORS, extent.stop - extent.start), np.float32)
-            fill_factors(factors[block], points, of_block, _RIDGE)
-        right: Matrix = fit_fields(
-            fields, factors[block], points, of_block, steps.astype(np.float32)
+    Every third volume goes first, until their steps settle; all others take theirs from the
+    fields that these have found, and then all have their say.
+    """
+    work = _FieldsWork(reference, team)
+    m = len(fitted.slots)
+    steps, history = np.zeros((m, N_COLUMNS)), list[tuple[Matrix, Matrix]]()
+    early = slice(None, None, _EARLY_EVERY if m >= _EARLY_EVERY * _FEWEST_EARLY else 1)
+    first = _Chosen.of(reference, fitted, early)
+    own = np.zeros((len(first.normals), N_COLUMNS))
+    for _ in range(_ROUNDS):
+        own = _accelerated(history, own, work.change(first, own, refit=True))
+    if early.step == 1:
+        work.change(first, own, refit=True)
+        return work.gathered()
+    every = _Chosen.of(reference, fitted, slice(None))
+    work.change(first, own, refit=True)
+    steps += work.change(every, steps, refit=False)
+    steps[early] = own
+    steps += work.change(every, steps, refit=True)
+    work.change(every, steps, refit=True)
+    return work.gathered()
+
+
+@dataclass
+class _Chosen:
+    """Some of the fitted volumes, their normal matrices, and their factors by block."""
+
+    fitted: Fitted
+    normals: list[Matrix]
+    factors: dict[int, NDArray[np.float32]]
+
+    @classmethod
+    def of(cls, reference: Reference, fitted: Fitted, which: slice) -> "_Chosen":
+        last = reference.last
+        chosen = fitted._replace(
+            slots=np.ascontiguousarray(fitted.slots[which]),
+            spans=np.ascontiguousarray(fitted.spans[which]),
+            maps=np.ascontiguousarray(fitted.maps[which]),
+            phases=np.ascontiguousarray(fitted.phases[which]),
         )
-        return right
+        normals = [last.normal - outside_normal(last.points, spans) for spans in chosen.spans]
+        return cls(chosen, normals, {})
 
-    for n_round in range(_ROUNDS):
-        right = sum(team.each(round_of), np.zeros((m, N_COLUMNS)))
-        if n_round < _ROUNDS - 1:
-            found = zip(normals, right, strict=True)
-            change = [allowed_step(normal, r, reference.basis)[0][:, 0] for normal, r in found]
-            steps = _accelerated(history, steps, np.array(change))
-    filled = team.gather([(extents[block], fields[:, extents[block]]) for block in team.blocks])
-    for extent, values in (part for parts_of_rank in filled for part in parts_of_rank):
-        fields[:, extent] = values
-    return fields
+
+class _FieldsWork:
+    """The fields, and what is done to them block by block."""
+
+    def __init__(self, reference: Reference, team: Team) -> None:
+        self._basis, self._team = reference.basis, team
+        self._parts = {block: _block_points(reference, block) for block in team.blocks}
+        n_points = reference.last.points.values.size
+        self._fields = np.zeros((N_FIELDS, n_points), np.float32)
+
+    def change(self, chosen: _Chosen, steps: Matrix, refit: bool) -> Matrix:
+        """Changes (m, 8) of the steps by the fields, which are fitted to the volumes before."""
+
+        def right_of(block: int) -> Matrix:
+            points, rows = self._parts[block]
+            of_block = _of_block(chosen.fitted, rows)
+            factors = chosen.factors.get(block, _NO_FACTORS)
+            if refit and block not in chosen.factors:
+                extent = _extent(points)
+                factors = np.empty((N_FACTORS, extent.stop - extent.start), np.float32)
+                fill_factors(factors, points, of_block, _RIDGE)
+                chosen.factors[block] = factors
+            as_singles = steps.astype(np.float32)
+            right: Matrix = fit_fields(self._fields, factors, points, of_block, as_singles, refit)
+            return right
+
+        right = sum(self._team.each(right_of), np.zeros(steps.shape))
+        found = zip(chosen.normals, right, strict=True)
+        return np.array([allowed_step(normal, r, self._basis)[0][:, 0] for normal, r in found])
+
+    def gathered(self) -> NDArray[np.float32]:
+        """The fields, on all ranks."""
+        extents = {block: _extent(points) for block, (points, _) in self._parts.items()}
+        mine = [(extent, self._fields[:, extent]) for extent in extents.values()]
+        for extent, values in (part for parts in self._team.gather(mine) for part in parts):
+            self._fields[:, extent] = values
+        return self._fields
 
 
 def _accelerated(history: list[tuple[Matrix, Matrix]], steps: Matrix, change: Matrix) -> Matrix:

@@ -59,7 +59,9 @@ def find_lost_slices(volume: Volume, reference_means: NDArray[np.float64]) -> Sl
     return np.array(lost, np.int64)
 
 
-def _is_dip(z: np.signedinteger, whole: Slices, means: NDArray[np.float64], ratio: NDArray[np.float64]) -> bool:
+def _is_dip(
+    z: np.signedinteger, whole: Slices, means: NDArray[np.float64], ratio: NDArray[np.float64]
+) -> bool:
     below, above = whole[whole < z], whole[whole > z]
     if below.size and above.size:
         return bool(means[z] < _MOST_KEPT * min(means[below[-1]], means[above[0]]))

@@ -313,10 +313,8 @@ def _solved_shading(
 
 def _credibility(form: Matrix, points: Points) -> float:
     """0 to 1: how far beyond a spurious one the shading is, over the head (Breiman's garrote)."""
-    rows = points.rows
-    middle = rows[:, 2] + (rows[:, 3] - 1) / 2
-    at = np.stack([middle, rows[:, 0], rows[:, 1], np.ones(len(rows))])
-    field = sum((form[a, b] * at[a] * at[b] for a in range(4) for b in range(4)), np.zeros(1))
+    monomials = _monomials(points, np.eye(4))
+    field = sum((c * m for c, m in zip(_as_column(form), monomials, strict=True)), np.zeros(1))
     variance = float(np.var(field))
     return max(0.0, 1.0 - (_SPURIOUS_SD**2 / variance) ** 2) if variance > 0 else 0.0
 

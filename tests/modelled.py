@@ -8,12 +8,11 @@ import numpy as np
 
 from keepstill import geometry
 from keepstill.estimate import estimate_motion
-from keepstill.kernels.aliasing import Fitted
 from keepstill.last_step import residuals_of, take_last_step, to_moving_voxel
 from keepstill.lost_slices import filled, find_lost_slices, slice_means
 from keepstill.moving import Coefficients, prepare_moving
 from keepstill.ranks import share
-from keepstill.run_model import NO_MODEL, Team, fit_run_model
+from keepstill.run_model import NO_MODEL, Team, fit_run_model, fitted_to
 from keepstill.settings import EstimateSettings
 
 SETTINGS = EstimateSettings()
@@ -42,9 +41,8 @@ def fitted_of(volumes, affine, reference, estimates):
         found = residuals_of(moving, to_moving, reference, estimate.scale)
         residuals.append(found[0])
         spans.append(found[1])
-        maps.append(to_moving[:3])
-    slots = np.arange(len(volumes))
-    return Fitted(np.array(residuals), slots, np.array(spans), np.array(maps))
+        maps.append(to_moving)
+    return fitted_to(reference, np.array(residuals), range(len(volumes)), spans, maps)
 
 
 def copied(fitted):

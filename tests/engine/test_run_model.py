@@ -8,10 +8,10 @@ import naive
 import runs
 from keepstill import geometry, phantom
 from keepstill.estimate import allowed_step
-from keepstill.kernels.aliasing import Fitted, take_off_aliasing, take_off_parabolas
+from keepstill.kernels.aliasing import take_off_aliasing, take_off_parabolas
 from keepstill.kernels.sums import outside_normal
 from keepstill.reference import Acquisition, prepare_reference
-from keepstill.run_model import NO_MODEL, RunModel, change_of
+from keepstill.run_model import NO_MODEL, RunModel, change_of, fitted_to
 
 SHAPE, SIZES_MM = (32, 36, 24), (6.0, 6.0, 6.0)
 N_VOLUMES = 48
@@ -69,7 +69,7 @@ def made_of(model, reference, maps, spans, steps):
         take_off_parabolas(values, points, of_volume, -parabola)
         values[~naive.is_in_span(points, of_volume)] = 0
     residuals.setflags(write=False)
-    return Fitted(residuals, np.arange(len(maps)), spans, np.ascontiguousarray(maps[:, :3]))
+    return fitted_to(reference, residuals, range(len(maps)), spans, maps)
 
 
 def steps_after(model, reference, fitted, maps):

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from keepstill import geometry
 from keepstill.errors import EmptyVolumeError, InputError
 from keepstill.estimate import Estimate, estimate_motion
-from keepstill.kernels.aliasing import Fitted, row_phases
+from keepstill.kernels.aliasing import Fitted
 from keepstill.last_step import residuals_of, take_last_step, to_moving_voxel
 from keepstill.lost_slices import filled, find_lost_slices, slice_means
 from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.read import StagedRun, read_volume
 from keepstill.reference import Acquisition, Reference, prepare_reference
 from keepstill.reslice import reslice_volume
-from keepstill.run_model import RunModel
+from keepstill.run_model import RunModel, fitted_to
 from keepstill.settings import RealignSettings
 from keepstill.smooth import fill_missing
 from keepstill.stage import enlarge_staged
@@ -248,15 +248,9 @@ def fitted_volumes(
     """What a run's model is fitted to: residuals in the realigned file, of volumes by slot."""
     slots = sorted(spans)
     affine, reference = task.run.layout.affine, task.target.reference
-    maps = [to_moving_voxel(estimate, affine, reference)[:3].copy() for estimate in estimates]
-    rows = reference.last.points.rows
-    return Fitted(
-        residuals=open_residuals(task.run, task.target, len(slots)),
-        slots=np.array(slots, np.int64),
-        spans=np.array([spans[slot] for slot in slots]),
-        maps=np.array(maps),
-        phases=np.array([row_phases(to_moving, rows) for to_moving in maps]),
-    )
+    maps = [to_moving_voxel(estimate, affine, reference) for estimate in estimates]
+    residuals = open_residuals(task.run, task.target, len(slots))
+    return fitted_to(reference, residuals, slots, [spans[slot] for slot in slots], maps)
 
 
 def finish_volumes(

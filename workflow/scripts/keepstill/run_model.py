@@ -18,7 +18,7 @@ frequencies with each volume's own parameters eliminated.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from keepstill.kernels.aliasing import (
     Fitted,
     fill_factors,
     fit_fields,
+    row_phases,
     take_off_aliasing,
     take_off_parabolas,
 )
@@ -129,6 +130,31 @@ class RunModel:
 
 
 NO_MODEL = RunModel(None, np.zeros((4, 4)))
+
+
+def fitted_to(
+    reference: Reference,
+    residuals: NDArray[np.float32],
+    slots: Sequence[int],
+    spans: Sequence[NDArray[np.int64]],
+    maps: Sequence[Matrix],
+) -> Fitted:
+    """What a model is to be fitted to: residuals at the points of the reference's last level.
+
+    Parameters
+    ----------
+    reference : Reference
+    residuals : (n_slots, n) float32
+    slots : (m,) int
+        Slot of each volume.
+    spans : (m, n_rows, 2) int64
+    maps : (m, 4, 4) float64
+        Voxel of the reference -> voxel of each volume.
+    """
+    rows = reference.last.points.rows
+    kept = [np.ascontiguousarray(to_moving[:3]) for to_moving in maps]
+    phases = np.array([row_phases(to_moving, rows) for to_moving in kept])
+    return Fitted(residuals, np.array(slots, np.int64), np.array(spans), np.array(kept), phases)
 
 
 def fit_run_model(reference: Reference, fitted: Fitted, own_grid: bool, team: Team) -> RunModel:

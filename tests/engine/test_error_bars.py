@@ -5,7 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from keepstill.error_bars import expected_errors_mm, mean_square_mm2, with_error_bars
+from keepstill.error_bars import (
+    expected_errors_mm,
+    mean_square_mm2,
+    with_error_bars,
+    with_explained_noise,
+)
 from keepstill.estimate import Estimate
 
 RADIUS_MM = 65.0
@@ -93,6 +98,16 @@ def test_blocks_count_as_a_mean_over_the_run(factor, expected):
     for t in range(4):
         np.testing.assert_allclose(found[t].covariance, estimates[t].covariance * expected)
     assert np.isnan(found[4].covariance).all()
+
+
+def test_noise_that_the_model_explains():
+    """A quarter: the variance of residuals is 3/4, and so is what they say of the motion."""
+    estimate = estimate_with(covariance_of(1), covariance_of(2))
+    found = with_explained_noise(estimate, 0.25)
+    np.testing.assert_allclose(found.covariance * 0.75**2, estimate.covariance)
+    np.testing.assert_allclose(found.covariance_by_blocks * 0.75**2, estimate.covariance_by_blocks)
+    unchanged = with_explained_noise(estimate, 0.0)
+    np.testing.assert_array_equal(unchanged.covariance, estimate.covariance)
 
 
 def test_without_any_known_error():

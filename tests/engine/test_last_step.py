@@ -8,7 +8,7 @@ import pytest
 import modelled
 import runs
 from keepstill import geometry, phantom
-from keepstill.error_bars import expected_errors_mm, with_error_bars
+from keepstill.error_bars import expected_errors_mm, with_error_bars, with_explained_noise
 from keepstill.last_step import take_last_step
 from keepstill.reference import Acquisition, prepare_reference
 from keepstill.run_model import NO_MODEL
@@ -40,6 +40,7 @@ def sharp_runs(head):
         fitted = modelled.fitted_of(volumes, AFFINE, reference, before)
         model = modelled.model_of(reference, fitted)
         after = modelled.last_estimates(volumes, AFFINE, reference, before, model)
+        after = [with_explained_noise(e, model.explained) for e in after]
         out.append((run, before, after))
     return out
 

@@ -112,8 +112,28 @@ def test_nothing_but_noise_is_a_weak_model(reference, maps, spans, steps):
     model = modelled.model_of(reference, fitted)
     assert not model.shading.any()
     assert np.sqrt(np.square(model.fields).mean()) < 3 * NOISE / np.sqrt(N_VOLUMES)
-    _, found = steps_after(model, reference, fitted, maps)
+    left, found = steps_after(model, reference, fitted, maps)
     assert size_mm(found - steps) < 0.1 * size_mm(steps)
+    of_noise = left - steps.astype(np.float32) @ reference.last.points.jacobian
+    seen = [naive.is_in_span(reference.last.points, of_volume) for of_volume in spans]
+    of_noise = of_noise[:, np.all(seen, axis=0)]
+    assert of_noise.var() == pytest.approx((1 - model.explained) * NOISE**2, rel=0.01)
+    assert 6 / N_VOLUMES < model.explained < 7 / N_VOLUMES
+
+
+@pytest.mark.parametrize("n_volumes", [12, 48])
+def test_freedom_of_fields(reference, maps, spans, steps, n_volumes):
+    """7 less what the ridge holds, by the normal matrices themselves; less for a still head."""
+    points = reference.last.points
+    for moving in (maps[:n_volumes], np.repeat(maps[:1], n_volumes, axis=0)):
+        fitted = made_of(NO_MODEL, reference, moving, spans[:n_volumes], steps[:n_volumes])
+        some = points._replace(rows=points.rows[::40])
+        of_some = fitted._replace(spans=fitted.spans[:, ::40])
+        normals = naive.normals_of_fields(some, of_some, 1.0)
+        freedom = 7 - np.mean([np.trace(np.linalg.inv(a)[1:, 1:]) for a in normals])
+        found = modelled.model_of(reference, fitted).explained * n_volumes
+        assert found == pytest.approx(freedom, abs=0.1)
+    assert found < 3
 
 
 def shading_of(size, reference, seed):

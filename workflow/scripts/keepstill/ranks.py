@@ -272,7 +272,8 @@ def _fit_model(task: Task, estimates: list[Estimate], world: Alone | World, crew
     reference = task.target.reference
     blocks = share(len(reference.blocks) - 1, world.size, world.rank)
     team = Team(blocks, crew.n_threads, lambda value: world.bcast(world.gather(value)))
-    return fit_run_model(reference, fitted, task.target.own_grid, team)
+    model = fit_run_model(reference, fitted, task.target.own_grid, team)
+    return replace(model, learnt_from=frozenset(chosen))
 
 
 def _finish(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
+from keepstill.error_bars import with_explained_noise
 from keepstill.errors import EmptyVolumeError, InputError
 from keepstill.estimate import Estimate, estimate_motion
 from keepstill.kernels.aliasing import Fitted
@@ -346,7 +347,7 @@ class _Worker:
     def last_step(self, t: int, estimate: Estimate, model: RunModel) -> Estimate:
         """Estimate of volume t after its last step."""
         moving = self._moving(self._volume(t), _as_array(estimate.lost_slices))
-        return take_last_step(moving, self._affine, self._reference, estimate, model)
+        return self._after_last_step(t, moving, estimate, model)
 
     def finish(
         self,
@@ -360,17 +361,23 @@ class _Worker:
         volume = self._volume(t)
         moving = self._moving(volume, _as_array(estimate.lost_slices))
         if estimate.status == "reference":
-            still = take_last_step(moving, self._affine, self._reference, _AT_REST, model)
+            still = self._after_last_step(t, moving, _AT_REST, model)
             estimate = replace(still, status="reference", moving_from_reference=np.eye(4),
                                iterations=0, cost=0.0, scale=1.0)  # fmt: skip
         elif estimate.status == "ok":
-            last = take_last_step(moving, self._affine, self._reference, estimate, model)
+            last = self._after_last_step(t, moving, estimate, model)
             pose = geometry.compose(last.moving_from_reference, own_pose)
             estimate = replace(last, moving_from_reference=pose)
         if self._settings.reslice:
             out = self._reslice(volume, moving, estimate)
             os.pwrite(handle, out.data, t * out.nbytes)
         return estimate
+
+    def _after_last_step(
+        self, t: int, moving: Moving, estimate: Estimate, model: RunModel
+    ) -> Estimate:
+        last = take_last_step(moving, self._affine, self._reference, estimate, model)
+        return with_explained_noise(last, model.explained) if t in model.learnt_from else last
 
     def _volume(self, t: int) -> NDArray[np.float32]:
         return fill_missing(self._run.volume(t))[0]

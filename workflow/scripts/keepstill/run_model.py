@@ -52,6 +52,8 @@ _RIDGE = 0.5
 _ROUNDS, _MEMORY = 4, 3
 _EARLY_EVERY, _FEWEST_EARLY = 3, 24
 _NO_FACTORS = np.zeros((N_FACTORS, 0), np.float32)
+# Freedom is looked at in one point of so many.
+_POINTS_PER_FREEDOM = 16
 # Anderson's weights see motion only: shifts in mm, rotations in mm at this radius.
 _RADIUS_MM = 65.0
 # Scanner positions are measured in units of this, mm, and the coefficients of the log of the
@@ -100,10 +102,17 @@ class RunModel:
         Constant, and cosine and sine for each axis, at the points of the reference's last level.
     shading : (4, 4) float64
         The log of the sensitivity at voxel p = (x, y, z, 1) of a volume is p' shading p.
+    explained : float
+        Part of the noise of a volume that the fields were fitted to which they explain: 7 numbers
+        a point over the number of volumes, or less where the volumes' waves are alike.
+    learnt_from : frozenset of int
+        These volumes.
     """
 
     fields: NDArray[np.float32] | None
     shading: Matrix
+    explained: float = 0.0
+    learnt_from: frozenset[int] = frozenset()
 
     def take_off(
         self,
@@ -170,7 +179,8 @@ def fit_run_model(reference: Reference, fitted: Fitted, own_grid: bool, team: Te
     team : Team
     """
     shading = _fit_shading(reference, fitted, team) if own_grid else np.zeros((4, 4))
-    return RunModel(_fit_fields(reference, fitted, team), shading)
+    fields, freedom = _fit_fields(reference, fitted, team)
+    return RunModel(fields, shading, freedom / len(fitted.slots))
 
 
 def change_of(shading: Matrix, to_moving: Matrix) -> Matrix:
@@ -195,8 +205,10 @@ def _extent(points: Points) -> slice:
     return slice(int(points.rows[0, 4]), int(points.rows[-1, 4] + points.rows[-1, 3]))
 
 
-def _fit_fields(reference: Reference, fitted: Fitted, team: Team) -> NDArray[np.float32]:
-    """Fields of aliasing, solved for in turn with the volumes' steps.
+def _fit_fields(
+    reference: Reference, fitted: Fitted, team: Team
+) -> tuple[NDArray[np.float32], float]:
+    """Fields of aliasing, solved for in turn with the volumes' steps; and their freedom.
 
     Every third volume goes first, until their steps settle; all others take theirs from the
     fields that these have found, and then all have their say.
@@ -211,14 +223,14 @@ def _fit_fields(reference: Reference, fitted: Fitted, team: Team) -> NDArray[np.
         own = _accelerated(history, own, work.change(first, own, refit=True))
     if early.step == 1:
         work.change(first, own, refit=True)
-        return work.gathered()
+        return work.gathered(), work.freedom(first)
     every = _Chosen.of(reference, fitted, slice(None))
     work.change(first, own, refit=True)
     steps += work.change(every, steps, refit=False)
     steps[early] = own
     steps += work.change(every, steps, refit=True)
     work.change(every, steps, refit=True)
-    return work.gathered()
+    return work.gathered(), work.freedom(every)
 
 
 @dataclass
@@ -271,6 +283,11 @@ class _FieldsWork:
         found = zip(chosen.normals, right, strict=True)
         return np.array([allowed_step(normal, r, self._basis)[0][:, 0] for normal, r in found])
 
+    def freedom(self, chosen: _Chosen) -> float:
+        """Mean number of degrees of freedom of the fields at a point."""
+        freedoms = self._team.each(lambda block: _freedoms(chosen.factors[block]))
+        return float(np.concatenate(freedoms).mean())
+
     def gathered(self) -> NDArray[np.float32]:
         """The fields, on all ranks."""
         extents = {block: _extent(points) for block, (points, _) in self._parts.items()}
@@ -278,6 +295,26 @@ class _FieldsWork:
         for extent, values in (part for parts in self._team.gather(mine) for part in parts):
             self._fields[:, extent] = values
         return self._fields
+
+
+def _freedoms(factors: NDArray[np.float32]) -> Matrix:
+    """Degrees of freedom of the fields at some points of a block: 7 less what the ridge holds.
+
+    That is 7 - ridge trace(A^-1) for normal matrices A with factors L, by the rows of L^-1.
+    """
+    some = factors[:, ::_POINTS_PER_FREEDOM].astype(np.float64)
+    held = np.zeros(some.shape[1])
+    rows: list[list[Matrix]] = []
+    for a in range(N_FIELDS):
+        pivot, row = some[a * (a + 3) // 2], []
+        for b in range(a):
+            known = (some[a * (a + 1) // 2 + k] * rows[k][b] for k in range(b, a))
+            row.append(-pivot * sum(known, np.zeros(1)))
+            held += _RIDGE * row[b] ** 2 if b else 0.0
+        row.append(pivot)
+        held += _RIDGE * pivot**2 if a else 0.0
+        rows.append(row)
+    return np.asarray(N_FIELDS - held)
 
 
 def _accelerated(history: list[tuple[Matrix, Matrix]], steps: Matrix, change: Matrix) -> Matrix:

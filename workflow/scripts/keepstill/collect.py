@@ -184,7 +184,7 @@ def _find(result: Realigned) -> Findings:
         after = temporal_moments(lambda t: resliced[t], chosen)
         good = np.flatnonzero(~result.failed)
         series = figures.series_figures(resliced, good, brain & covered)
-    return Findings(brain, covered, before, after, make_confounds(result, series))
+    return Findings(brain, covered, before, after, make_confounds(result, series, brain))
 
 
 def _compared(result: Realigned) -> NDArray[np.intp]:

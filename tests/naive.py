@@ -81,13 +81,27 @@ def is_inside(position, shape, tolerance=1e-6):
     return all(-tolerance <= p <= n - 1 + tolerance for p, n in zip(position, shape, strict=True))
 
 
-def narrow_spans(rows, spans, matrix, shape):
-    """Spans of the points of rows that are asked for and lie in the field of a grid."""
+def narrow_spans(rows, spans, matrix, shape, inset=(0, 0, 0)):
+    """Spans of the points of rows that are asked for and lie `inset` deep in a grid's field."""
     out = []
+    smaller = np.subtract(shape, np.multiply(2, inset))
     for (y, z, x, n, _at), (first, last) in zip(rows, spans, strict=True):
-        positions = [(matrix @ (x + i, y, z, 1.0))[:3] for i in range(n)]
-        inside = [i for i in range(first, last) if is_inside(positions[i], shape)]
+        positions = [(matrix @ (x + i, y, z, 1.0))[:3] - inset for i in range(n)]
+        inside = [i for i in range(first, last) if is_inside(positions[i], smaller)]
         out.append((inside[0], inside[-1] + 1) if inside else (0, 0))
+    return np.array(out)
+
+
+def leave_out_slices(rows, spans, matrix, slices):
+    """Longest piece, the first of equals, of each span further than a slice from any of some."""
+    out = []
+    for (y, z, x, _n, _at), (first, last) in zip(rows, spans, strict=True):
+        depth = [(matrix @ (x + i, y, z, 1.0))[2] for i in range(first, last)]
+        whole = [all(abs(d - lost) >= 1 for lost in slices) for d in depth]
+        pieces = [(i, j) for i in range(len(whole)) for j in range(i + 1, len(whole) + 1)
+                  if all(whole[i:j])]  # fmt: skip
+        best = max(pieces, key=lambda piece: piece[1] - piece[0], default=None)
+        out.append((0, 0) if best is None else (first + best[0], first + best[1]))
     return np.array(out)
 
 
@@ -154,20 +168,100 @@ def fill_by_passes(shape, volume, degree, matrix):
     return out
 
 
-def step_sums(points, values, spans, scale):
-    """Sums of a Gauss-Newton step over sampling points."""
-    right, outside, squares = np.zeros(7), np.zeros((7, 7)), 0.0
-    for (_y, _z, _x, n, at), (first, last) in zip(points.rows, spans, strict=True):
-        for i in range(n):
-            test = points.test_jacobian[:, at + i].astype(float)
-            plain = points.jacobian[:, at + i].astype(float)
-            if not first <= i < last:
-                outside += np.outer(test, plain)
-                continue
-            residual = scale * float(values[at + i]) - float(points.values[at + i])
-            right += test * residual
-            squares += residual**2
-    return right, outside, squares
+def is_in_span(points, spans):
+    """Whether each point lies in its row's span, by its place."""
+    out = np.zeros(points.values.size, bool)
+    for (_y, _z, _x, _n, at), (first, last) in zip(points.rows, spans, strict=True):
+        out[at + first : at + last] = True
+    return out
+
+
+def to_residuals(values, points, spans, scale):
+    """scale * moving - reference, 0 outside the spans."""
+    residuals = scale * values.astype(float) - points.values.astype(float)
+    return np.where(is_in_span(points, spans), residuals, 0.0)
+
+
+def outside_normal(points, spans):
+    """test_jacobian' jacobian over the points outside the spans."""
+    outside = ~is_in_span(points, spans)
+    return cross_sums(points.test_jacobian[:, outside], points.jacobian[:, outside])
+
+
+def cross_sums(left, right):
+    """left right' over all points."""
+    return left.astype(float) @ right.astype(float).T
+
+
+def block_sums(columns, residuals, blocks):
+    """Sums of residuals times columns and times themselves, a row a block."""
+    factors = np.vstack([columns, residuals]).astype(float)
+    products = factors * residuals.astype(float)
+    return np.array([products[:, a:b].sum(axis=1) for a, b in itertools.pairwise(blocks)])
+
+
+def voxels_of(rows):
+    """Voxel (x, y, z, 1) and place of each point of rows."""
+    return [((x + i, y, z, 1.0), at + i) for y, z, x, n, at in rows for i in range(n)]
+
+
+def waves(voxel, to_moving):
+    """1, then cosine and sine of where a voxel's source lies between voxels, for each axis."""
+    turned = [2 * np.pi * position for position in to_moving @ voxel]
+    return np.array([1.0, *(f(angle) for angle in turned for f in (np.cos, np.sin))])
+
+
+def waves_of_volumes(points, fitted, voxel, place):
+    """Waves (m, 7) of all volumes at a point, 0 where it lies outside a volume's span."""
+    seen = [is_in_span(points, spans)[place] for spans in fitted.spans]
+    return np.array([waves(voxel, to_moving) * inside
+                     for to_moving, inside in zip(fitted.maps, seen, strict=True)])  # fmt: skip
+
+
+def normals_of_fields(points, fitted, ridge):
+    """Normal matrix (7, 7) of the fields at each point of rows, ridge and all."""
+    found = [waves_of_volumes(points, fitted, *point) for point in voxels_of(points.rows)]
+    return np.array([w.T @ w + np.diag([1e-3, *[ridge] * 6]) for w in found])
+
+
+def fill_factors(points, fitted, ridge):
+    """Cholesky factors (28, k), row after row, with inverted diagonals."""
+    out = []
+    for normal in normals_of_fields(points, fitted, ridge):
+        factor = np.linalg.cholesky(normal)
+        np.fill_diagonal(factor, 1 / np.diag(factor))
+        out.append(factor[np.tril_indices(7)])
+    return np.array(out).T
+
+
+def fit_fields(points, fitted, ridge, steps):
+    """Fields (7, k) at the points of rows, and test_jacobian' of what they leave, (m, 8)."""
+    fields, right = [], 0.0
+    normals = normals_of_fields(points, fitted, ridge)
+    for (voxel, place), normal in zip(voxels_of(points.rows), normals, strict=True):
+        w = waves_of_volumes(points, fitted, voxel, place)
+        inside = w[:, 0]
+        residuals = fitted.residuals[fitted.slots, place] - steps @ points.jacobian[:, place]
+        fields.append(np.linalg.solve(normal, w.T @ residuals))
+        left = inside * residuals - w @ fields[-1]
+        right = right + np.outer(left, points.test_jacobian[:, place])
+    return np.array(fields).T, right
+
+
+def take_off_aliasing(residuals, points, spans, to_moving, fields):
+    """Residuals without the fields' waves, inside the spans."""
+    out, inside = residuals.astype(float), is_in_span(points, spans)
+    for voxel, place in voxels_of(points.rows):
+        out[place] -= inside[place] * waves(voxel, to_moving) @ fields[:, place]
+    return out
+
+
+def take_off_parabolas(residuals, points, spans, parabola):
+    """Residuals without the reference times p' parabola p, inside the spans."""
+    out, inside = residuals.astype(float), is_in_span(points, spans)
+    for voxel, place in voxels_of(points.rows):
+        out[place] -= inside[place] * points.values[place] * (voxel @ parabola @ np.array(voxel))
+    return out
 
 
 def normal_matrix(points):

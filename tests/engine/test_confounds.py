@@ -62,7 +62,7 @@ def test_columns_have_a_fixed_order(columns):
     expected = [
         *MOTION,
         *("framewise_displacement", "rmsd", "dvars", "std_dvars"),
-        *("status", "iterations", "cost", "overlap", "scale"),
+        *("status", "iterations", "cost", "overlap", "scale", "n_lost_slices", "expected_error"),
         *(f"{name}_{kind}" for name in MOTION for kind in expansions),
         *(f"non_steady_state_outlier{k:02d}" for k in range(3)),
         *(f"motion_outlier{k:02d}" for k in range(3)),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import naive
 from keepstill import geometry, phantom
 from keepstill.kernels import bspline, components, moments, sampling, series, small, sums
-from keepstill.reference import prepare_reference
+from keepstill.reference import Acquisition, prepare_reference
 from keepstill.settings import EstimateSettings
 
 DEGREES = (1, 2, 3, 4, 5)
@@ -97,16 +97,47 @@ def test_coefficients(degree, shape):
         assert padded[z + 4, y + 4, x + 4] == inner[source]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_narrow_spans(seed):
+def wild_spans(seed):
+    """Rows beside the grid they look at, the spans asked for, and a map and the grid's shape."""
     rows = grid_rows((4, 5, 21))
     rows[:, 2:4] += (2, -3)
     spans = np.random.default_rng(seed).integers((0, 12), (6, 18), (len(rows), 2))
-    matrix, shape = moved(seed, shift=2.0), (15, 6, 5)
-    expected = naive.narrow_spans(rows, spans, matrix, shape)
-    n_inside = sampling.narrow_spans(spans, rows, matrix, shape)
+    return rows, spans, moved(seed, shift=2.0), (15, 6, 5)
+
+
+@pytest.mark.parametrize("inset", [(0.0, 0.0, 0.0), (1.0, 0.0, 1.5), (1.5, 1.5, 0.0)])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_narrow_spans(seed, inset):
+    rows, spans, matrix, shape = wild_spans(seed)
+    expected = naive.narrow_spans(rows, spans, matrix, shape, inset)
+    n_inside = sampling.narrow_spans(spans, rows, matrix, shape, inset)
     assert n_inside == (expected[:, 1] - expected[:, 0]).sum() > 0
     np.testing.assert_array_equal(spans, expected)
+
+
+def test_an_unmoved_field_keeps_what_lies_on_its_border():
+    """Rounding pushes no voxel out: not of the field, and not of a field inset by a voxel."""
+    rows = grid_rows((5, 6, 9))
+    spans = np.column_stack([0 * rows[:, 3], rows[:, 3]])
+    assert sampling.narrow_spans(spans, rows, np.eye(4) * (1 + 1e-12), (9, 6, 5)) == 9 * 6 * 5
+    assert sampling.narrow_spans(spans, rows, np.eye(4), (9, 6, 5), (1.0, 1.0, 1.0)) == 7 * 4 * 3
+
+
+@pytest.mark.parametrize("slices", [[2], [0, 1, 4], [3, 4], [9], []])
+@pytest.mark.parametrize("tilt", [0.0, 0.25])
+def test_leave_out_slices(slices, tilt):
+    """Rows along the slices, and rows that a slice cuts in two."""
+    rows, spans, matrix, _ = wild_spans(4)
+    matrix[2, 0] += tilt
+    lost = np.array(slices, np.int64)
+    expected = naive.leave_out_slices(rows, spans, matrix, slices)
+    before = (spans[:, 1] - spans[:, 0]).clip(0).sum()
+    n_inside = sampling.leave_out_slices(spans, rows, matrix, lost)
+    assert n_inside == (expected[:, 1] - expected[:, 0]).sum()
+    assert (n_inside < before) == (slices not in ([9], []))
+    kept = spans[:, 1] > spans[:, 0]
+    np.testing.assert_array_equal(spans[kept], expected[kept])
+    assert (expected[~kept, 0] == expected[~kept, 1]).all()
 
 
 @pytest.mark.parametrize("degree", DEGREES)
@@ -142,21 +173,67 @@ def test_fill_unmoved():
     np.testing.assert_array_equal(out, naive.fill_unmoved(rows, spans, volume))
 
 
-def test_step_sums_and_normal_matrix():
+@pytest.fixture(scope="module")
+def sampled():
+    """Points of a noisy ball, and spans of which some points are left out."""
     ball = phantom.ball((12, 10, 9)).T
     noise = np.random.default_rng(3).normal(size=ball.shape)
     volume = np.ascontiguousarray(ball + 5 * noise, np.float32)
+    acquisition = Acquisition(ghost_axis=1)
     affine = np.diag([3.0, 3.0, 4.0, 1.0])
-    reference = prepare_reference(volume, affine, EstimateSettings())
+    reference = prepare_reference(volume, affine, EstimateSettings(), acquisition)
     points = reference.fine.points
-    np.testing.assert_allclose(reference.fine.normal, naive.normal_matrix(points), rtol=1e-9)
     spans = narrowed(points.rows, moved(7, size=0.1, shift=2.0), volume)
     assert 0 < (spans[:, 1] - spans[:, 0]).sum() < points.rows[:, 3].sum()  # some are outside
-    values = points.values + noise.ravel()[: points.values.size].astype(np.float32)
-    expected = naive.step_sums(points, values, spans, 1.1)
-    found = sums.step_sums(points, values, spans, 1.1)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
+    return reference, points, spans
+
+
+def assert_close(found, expected, part):
+    """Equal but for a part of the largest value."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=part * np.abs(expected).max())
+
+
+def test_normal_matrices(sampled):
+    reference, points, spans = sampled
+    expected = naive.normal_matrix(points)
+    assert_close(sums.normal_matrix(points), expected, 1e-12)
+    expected[7, 7] += reference.mean_intensity**2  # what is known of a ghost beforehand
+    assert_close(reference.fine.normal, expected, 1e-12)
+    assert_close(sums.outside_normal(points, spans), naive.outside_normal(points, spans), 1e-12)
+
+
+def test_normal_matrices_of_blocks(sampled):
+    reference, _, _ = sampled
+    last, ends = reference.last.points, reference.block_points
+    assert len(ends) > 3 and ends[0] == 0 and ends[-1] == last.values.size
+    for normal, first, end in zip(reference.block_normals, ends[:-1], ends[1:], strict=True):
+        expected = naive.cross_sums(last.test_jacobian[:, first:end], last.jacobian[:, first:end])
+        assert_close(normal, expected, 1e-12)
+    expected = naive.cross_sums(last.test_jacobian, last.test_jacobian)
+    assert_close(reference.test_normal, expected, 1e-12)
+
+
+def test_to_residuals(sampled):
+    _, points, spans = sampled
+    values = points.values + np.random.default_rng(1).normal(size=points.values.size)
+    found = values.astype(np.float32)
+    expected = naive.to_residuals(found, points, spans, 1.1)
+    sums.to_residuals(found, points, spans, 1.1)
+    assert_close(found, expected, 1e-6)
+    assert (found[~naive.is_in_span(points, spans)] == 0).all()
+
+
+@pytest.mark.parametrize("ends", [[0, 700], [0, 1, 130, 130, 700], [5, 133, 600]])
+def test_sums_over_points(ends):
+    """Blocks that are empty, of one point, a lane long, and not all points."""
+    rng = np.random.default_rng(5)
+    left, right = (rng.normal(size=(n, 700)).astype(np.float32) for n in (3, 5))
+    found = sums.cross_sums(left, right, ends[0], ends[-1])
+    between = slice(ends[0], ends[-1])
+    assert_close(found, naive.cross_sums(left[:, between], right[:, between]), 1e-12)
+    found = sums.block_sums(left, right[0], np.array(ends))
+    assert found.shape == (len(ends) - 1, 4)
+    assert_close(found, naive.block_sums(left, right[0], ends), 1e-12)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95))

@@ -66,6 +66,9 @@ def expected_errors_mm(covariances: Matrix, reference: int | None) -> Matrix:
         if not np.isfinite(total).all():
             continue
         mean = float(np.trace(total))
+        if mean == 0:  # a volume that equals the reference leaves no residual
+            out[t] = 0.0
+            continue
         freedom = mean**2 / float((total * total).sum())  # sum of squared eigenvalues
         part = 1 - 2 / (9 * freedom) + _SIGMAS * np.sqrt(2 / (9 * freedom))
         out[t] = np.sqrt(mean * part**3)

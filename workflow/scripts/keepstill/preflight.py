@@ -132,12 +132,14 @@ def run_needs(layout: Layout, settings: RealignSettings, grid_voxels: int | None
     made = voxels * BYTES_PER_VOXEL[settings.output_dtype] if settings.reslice else 0
     maps = N_MAPS * volume_voxels * BYTES_PER_VOXEL["float32"]
     tables = PAGE_BYTES + n_volumes * TABLE_BYTES_PER_VOLUME
-    worked_on = max(voxels, nx * ny * nz * n_volumes)
-    is_resliced = settings.reslice or settings.reference == "mean"
+    grid = max(volume_voxels, nx * ny * nz)
+    n_held = n_volumes  # of the result, or of the residuals that a run's model is fitted to
+    if not settings.reslice and settings.reference != "mean":
+        n_held = min(n_volumes, settings.estimate.model_volumes)
     return Needs(
         output_bytes=(made + maps) * COMPRESSED + tables,
-        lane_bytes=layout.n_bytes + STAGED_BYTES_PER_VOXEL * worked_on * is_resliced,
-        cpu_s=CPU_S_PER_RUN + CPU_S_PER_MVOXEL * worked_on / MVOXEL,
+        lane_bytes=layout.n_bytes + STAGED_BYTES_PER_VOXEL * grid * n_held,
+        cpu_s=CPU_S_PER_RUN + CPU_S_PER_MVOXEL * grid * n_volumes / MVOXEL,
     )
 
 

@@ -24,6 +24,7 @@ from keepstill.reslice import reslice_volume
 from keepstill.run_model import RunModel
 from keepstill.settings import RealignSettings
 from keepstill.smooth import fill_missing
+from keepstill.stage import enlarge_staged
 
 Progress = Callable[[int], None]
 T = TypeVar("T")
@@ -215,8 +216,10 @@ def write_residuals(
         Of all volumes.
     crew : Crew
     """
+    if not slots:
+        return {}
     worker = _Worker(task)
-    residuals = open_residuals(task.run, task.target)
+    residuals = open_residuals(task.run, task.target, max(slots.values()) + 1)
 
     def write(t: int) -> NDArray[np.int64]:
         residuals[slots[t]], spans = worker.residuals(t, estimates[t])
@@ -225,12 +228,18 @@ def write_residuals(
     return {slots[t]: spans for t, spans in crew.each(write, slots).items()}
 
 
-def open_residuals(run: StagedRun, target: Target) -> NDArray[np.float32]:
-    """The realigned file as (n, n_points) float32 of residuals, mapped."""
-    n_points = target.reference.last.points.values.size
-    n_slots = run.realigned_path.stat().st_size // (4 * n_points)
-    mapped = np.memmap(run.realigned_path, np.float32, "r+", 0, (n_slots, n_points))
-    return np.asarray(mapped)
+def open_residuals(run: StagedRun, target: Target, n_slots: int) -> NDArray[np.float32]:
+    """The realigned file's beginning as (n_slots, n_points) float32 of residuals, mapped.
+
+    Raises
+    ------
+    StageError
+        If a reference with a finer grid than the run's wants more room than there is.
+    """
+    n_points, path = target.reference.last.points.values.size, run.realigned_path
+    n_bytes = 4 * n_points * n_slots
+    enlarge_staged(path, n_bytes, run.run)
+    return np.asarray(np.memmap(path, np.float32, "r+", 0, (n_slots, n_points)))
 
 
 def fitted_volumes(
@@ -242,7 +251,7 @@ def fitted_volumes(
     maps = [to_moving_voxel(estimate, affine, reference)[:3].copy() for estimate in estimates]
     rows = reference.last.points.rows
     return Fitted(
-        residuals=open_residuals(task.run, task.target),
+        residuals=open_residuals(task.run, task.target, len(slots)),
         slots=np.array(slots, np.int64),
         spans=np.array([spans[slot] for slot in slots]),
         maps=np.array(maps),

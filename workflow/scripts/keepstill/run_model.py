@@ -247,31 +247,52 @@ def _fit_shading(reference: Reference, fitted: Fitted, team: Team) -> Matrix:
 
     found = team.each(sums_of)
     cross = sum((normal for normal, _ in found), np.zeros(()))
+    cross[-1, -1] += reference.mean_intensity**2  # of a ghost that no point shows
     right = sum((r for _, r in found), np.zeros(()))
     n_values = max(float(common.sum()) * len(fitted.slots), 1.0)
     variance = float(right[:, -1].sum()) / n_values
-    form = _solved_shading(cross, right[:, :-1], fitted.maps, (to_unit, variance))
+    allowed = _beside_monomials(reference.basis)
+    cross = product(product(np.ascontiguousarray(allowed.T), cross), allowed)
+    right = product(np.ascontiguousarray(right[:, :-1]), allowed)
+    form = _solved_shading(cross, right, fitted.maps, (to_unit, variance))
     form *= _credibility(form, reference.last.points)
-    parts = {block: _block_points(reference, block) for block in team.blocks}
+    _take_off_shading(form, reference, fitted, team)
+    return form
+
+
+def _take_off_shading(form: Matrix, reference: Reference, fitted: Fitted, team: Team) -> None:
+    """Take the shading off the residuals, in place, each rank off its own blocks."""
 
     def take_off(block: int) -> None:
-        points, rows = parts[block]
+        points, rows = _block_points(reference, block)
         for v, slot in enumerate(fitted.slots):
             to_moving = np.vstack([fitted.maps[v], [0.0, 0.0, 0.0, 1.0]])
             spans = np.ascontiguousarray(fitted.spans[v, rows])
             take_off_parabolas(fitted.residuals[slot], points, spans, change_of(form, to_moving))
 
     team.each(take_off)
-    return form
+
+
+def _beside_monomials(basis: Matrix) -> Matrix:
+    """The (8, m) basis of steps, with the ten monomials as they are; (18, 10 + m)."""
+    n = len(_PAIRS)
+    out = np.zeros((n + basis.shape[0], n + basis.shape[1]))
+    out[:n, :n], out[n:, n:] = np.eye(n), basis
+    return out
 
 
 def _solved_shading(
     cross: Matrix, right: Matrix, maps: Matrix, scale: tuple[Matrix, float]
 ) -> Matrix:
-    """Shading's form from sums over points: (18, 18) of tests and columns, (m, 18) of residuals."""
+    """Shading's form from sums over points: of tests with columns, and with (m) residuals.
+
+    Tests and columns are the ten monomials, then the steps that are allowed.
+    """
     to_unit, variance = scale
     n = len(_PAIRS)
-    onto, _ = solution(cross[n:, n:], np.concatenate([cross[n:, :n], right[:, n:].T], axis=1))
+    onto, distinct = solution(
+        cross[n:, n:], np.concatenate([cross[n:, :n], right[:, n:].T], axis=1)
+    )
     free = cross[:n, :n] - product(np.ascontiguousarray(cross[:n, n:]), onto[:, :n].copy())
     rest = right[:, :n].T - product(np.ascontiguousarray(cross[:n, n:]), onto[:, n:].copy())
     from_unit = geometry.inverse(to_unit)
@@ -284,7 +305,7 @@ def _solved_shading(
         normal += product(product(change, free), np.ascontiguousarray(change.T))
         total += product(change, np.ascontiguousarray(rest[:, v : v + 1]))
     found, regular = solution(normal, total)
-    if not regular:
+    if not (regular and distinct):
         return np.zeros((4, 4))
     form = sum((x * _as_form(pair) for x, pair in zip(found[:, 0], _FREE_PAIRS, strict=True)),
                np.zeros((4, 4)))  # fmt: skip

@@ -156,6 +156,25 @@ def put_staged(path: Path, content: bytes, run: str) -> None:
         ) from error
 
 
+def enlarge_staged(path: Path, n_bytes: int, run: str) -> None:
+    """Give one of a staged run's files room for so many bytes, if it has less.
+
+    Raises
+    ------
+    StageError
+        If there is no room.
+    """
+    try:
+        with path.open("r+b") as file:
+            if os.fstat(file.fileno()).st_size < n_bytes:
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+    except OSError as error:
+        raise StageError(
+            f"{run}: {n_bytes / 1e6:.3g} MB needed in {path.parent} ({error.strerror}), since the "
+            "reference's grid is finer; free some room, or choose another stage_root"
+        ) from error
+
+
 def remove_stage(stage_dir: Path) -> None:
     """Remove all that a run has in the stage root, and what overflowed to disk."""
     with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """Waves of aliasing at sampling points: fitted to the residuals of many volumes, and taken off.
 
 A wave is what sampling makes of detail finer than two voxels: it turns once while the head moves
-by one voxel along an axis, and how strong it is, is fixed to the head. See `keepstill.aliasing`.
+by one voxel along an axis, and how strong it is, is fixed to the head. See `keepstill.run_model`.
 """
 
 import math

@@ -15,7 +15,7 @@ from typing import Any
 from keepstill import __version__
 from keepstill.errors import KeepstillError, SettingsError
 from keepstill.progress import VolumeProgress
-from keepstill.settings import RealignSettings
+from keepstill.settings import OUTSIDE, RealignSettings
 from keepstill.start import start_quickly
 
 TRIPLES = ("voxel_mm", "shape", "point_spread_voxels")
@@ -106,19 +106,7 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         help="what volumes are realigned to; pose and grid are those of the first volume for "
         "'mean' (default: %(default)s)",
     )
-    parser.add_argument(
-        "--interpolation-degree",
-        type=int,
-        choices=range(1, 6),
-        default=default.interpolation_degree,
-        help="of the B-spline that reslices (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "int16"),
-        default=default.output_dtype,
-        help="of the realigned run; int16 gets a fitted slope (default: %(default)s)",
-    )
+    _add_reslice_arguments(parser)
     parser.add_argument(
         "--no-reslice", action="store_true", help="write transforms and tables only"
     )
@@ -151,6 +139,40 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("/dev/shm"),
         metavar="DIR",
         help="where the run is decompressed meanwhile (default: %(default)s)",
+    )
+
+
+def _add_reslice_arguments(parser: argparse.ArgumentParser) -> None:
+    default = RealignSettings()
+    parser.add_argument(
+        "--interpolation-degree",
+        type=int,
+        choices=range(1, 6),
+        default=default.interpolation_degree,
+        help="of the B-spline that reslices (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "int16"),
+        default=default.output_dtype,
+        help="of the realigned run; int16 gets a fitted slope (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--outside",
+        choices=OUTSIDE,
+        default=default.outside,
+        help="what a voxel holds whose source lies outside a volume's field of view; nan wants "
+        "float32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--common-field",
+        action="store_true",
+        help="in all volumes, leave only voxels that lie in the field of every volume",
+    )
+    parser.add_argument(
+        "--non-negative",
+        action="store_true",
+        help="make negative values 0, to which a spline swings at sharp edges",
     )
 
 
@@ -241,14 +263,24 @@ def _realign(args: argparse.Namespace) -> int:
 
     settings = RealignSettings(
         reference=args.reference,
-        interpolation_degree=args.interpolation_degree,
+        **_reslice_values(args),
         reslice=not args.no_reslice,
-        output_dtype=args.dtype,
         affine_source=args.affine_source,
         dummy_scans=args.dummy_scans,
         in_plane=args.in_plane,
     )
     return run_in_world(None, lambda world: _realign_in_world(args, settings, world))
+
+
+def _reslice_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that `_add_reslice_arguments` asks for."""
+    return {
+        "interpolation_degree": args.interpolation_degree,
+        "output_dtype": args.dtype,
+        "outside": args.outside,
+        "common_field": args.common_field,
+        "non_negative": args.non_negative,
+    }
 
 
 def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world: Any) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from keepstill.errors import SettingsError
 
+OUTSIDE = ("zero", "nan", "nearest")
+
 
 @dataclass(frozen=True)
 class EstimateSettings:
@@ -51,6 +53,13 @@ class RealignSettings:
         ``first``, ``middle``, ``mean`` or the path of a 3-D NIfTI file.
     interpolation_degree : int
         Degree of the B-spline that reslices, 1 to 5.
+    outside : str
+        What a voxel holds whose source lies outside a volume's field of view: ``zero``, ``nan``
+        (float32 only), or ``nearest``, the value at the nearest point of the field.
+    common_field : bool
+        Voxels that lie outside the field of any volume are ``outside`` in all.
+    non_negative : bool
+        Negative values, to which a spline swings at sharp edges, become 0.
     reslice : bool
         False writes transforms and tables only.
     output_dtype : str
@@ -73,6 +82,9 @@ class RealignSettings:
 
     reference: str = "first"
     interpolation_degree: int = 5
+    outside: str = "zero"
+    common_field: bool = False
+    non_negative: bool = False
     reslice: bool = True
     output_dtype: str = "float32"
     output_desc: str = "hmc"
@@ -96,6 +108,7 @@ class RealignSettings:
             raise SettingsError(
                 f"output_dtype: {self.output_dtype!r} found; needs float32 or int16"
             )
+        _check_outside(self)
         if self.affine_source not in ("auto", "sform", "qform"):
             raise SettingsError(
                 f"affine_source: {self.affine_source!r} found; needs auto, sform or qform"
@@ -130,6 +143,23 @@ class RealignSettings:
         _refuse_unknown(cls, values)
         _refuse_unknown(EstimateSettings, nested)
         return cls(estimate=EstimateSettings(**nested), **values)
+
+
+def _check_outside(settings: RealignSettings) -> None:
+    """Refuse values outside the field that no file or mask could hold."""
+    outside = settings.outside
+    if outside not in OUTSIDE:
+        raise SettingsError(f"outside: {outside!r} found; needs zero, nan or nearest")
+    if outside == "nan" and settings.output_dtype != "float32":
+        raise SettingsError(
+            f"outside: nan found with {settings.output_dtype} voxels, which have no NaN; needs "
+            "zero or nearest, or float32"
+        )
+    if outside == "nearest" and settings.common_field:
+        raise SettingsError(
+            "outside: nearest found with common_field, which leaves nothing to fill; needs zero "
+            "or nan, or common_field: false"
+        )
 
 
 def _refuse_unknown(kind: type, values: dict[str, Any]) -> None:

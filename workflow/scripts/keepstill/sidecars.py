@@ -44,7 +44,7 @@ hash of every file; times, hosts and paths are in `logs` alone.
 _NOT_CARRIED_OVER = ("Description", "Sources", "RawSources", "SkullStripped", "SpatialReference")
 _TEXTS = {
     "bold": "The run with every volume in the pose and on the grid of the reference, interpolated "
-    "once by a B-spline; 0 where a volume has no data",
+    "once by a B-spline",
     "boldref": "The volume that the run was realigned to",
     "brain": "Brain, found in the reference by brightness and shape",
     "coverage": "Voxels that lie in the field of view of every volume that could be realigned",
@@ -53,6 +53,8 @@ _TEXTS = {
     "transforms": "Rigid motion of every volume",
     "confounds": "Motion and what follows from it, a row a volume",
 }
+# What a voxel holds whose source lies outside the field of view.
+_OUTSIDE = {"zero": 0, "nan": "NaN", "nearest": "value at the nearest point of the field"}
 _TSNR_TEXT = (
     ": mean over standard deviation about a straight line over time, without failed volumes and "
     "those before the steady state"
@@ -157,7 +159,13 @@ def _bold_fields(result: Realigned) -> dict[str, Any]:
     tasks = [part[5:] for part in result.run.run.split("_") if part.startswith("task-")]
     if tasks:
         carried.setdefault("TaskName", tasks[0])
-    ours: dict[str, Any] = {"SkullStripped": False, "OutsideFieldOfView": 0}
+    settings = result.settings
+    ours: dict[str, Any] = {
+        "SkullStripped": False,
+        "OutsideFieldOfView": _OUTSIDE[settings.outside],
+        "OutsideCommonField": _OUTSIDE[settings.outside] if settings.common_field else "kept",
+        "NegativeValues": "set to 0" if settings.non_negative else "kept",
+    }
     if result.run.found["tr_s"] is not None:
         ours["RepetitionTime"] = result.run.found["tr_s"]
     if result.run.n_dummy:

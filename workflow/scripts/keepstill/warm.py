@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from keepstill import geometry
 from keepstill.estimate import estimate_motion
 from keepstill.kernels.aliasing import Fitted, row_phases
 from keepstill.last_step import residuals_of, take_last_step
@@ -10,7 +11,7 @@ from keepstill.maps import temporal_moments
 from keepstill.masks import brain_mask
 from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.reference import Acquisition, Reference, prepare_reference
-from keepstill.reslice import coverage, reslice_volume
+from keepstill.reslice import coverage, extend_volume, reslice_volume
 from keepstill.run_model import RunModel, Team, fit_run_model
 from keepstill.settings import EstimateSettings
 
@@ -30,6 +31,7 @@ def warm_kernels() -> None:
     estimate = take_last_step(moving, affine, reference, estimate, model)
     out = np.empty_like(volume)
     reslice_volume(out, moving, affine, estimate.moving_from_reference, affine)
+    extend_volume(out, moving, affine, geometry.translation(np.array([9.0, 0, 0])), affine)
     brain_mask(volume)
     grid = affine, (volume.shape[2], volume.shape[1], volume.shape[0])
     coverage(estimate.moving_from_reference[None], grid, affine, out.shape)

@@ -76,6 +76,32 @@ def put_nifti(path: Path, header: Any, parts: Iterable[bytes], n_threads: int = 
     put_file(path, gzip_member(all_parts(), n_threads))
 
 
+def put_series(
+    path: Path,
+    header: Any,
+    volumes: Callable[[], Iterable[NDArray[np.float32]]],
+    n_threads: int,
+) -> None:
+    """Write a series as .nii.gz, with a fitted slope and intercept if its header says int16.
+
+    Parameters
+    ----------
+    path : Path
+    header : nibabel header
+        Of the series; slope and intercept are filled in.
+    volumes : callable
+        Gives the (nz, ny, nx) volumes, in order; called twice for int16.
+    n_threads : int
+    """
+    if header.get_data_dtype() == np.int16:
+        slope, inter = int16_scaling(volumes())
+        header["scl_slope"], header["scl_inter"] = slope, inter
+        parts = (as_int16(volume, slope, inter).tobytes() for volume in volumes())
+    else:
+        parts = (np.asarray(volume).tobytes() for volume in volumes())
+    put_nifti(path, header, parts, n_threads)
+
+
 def put_volume(path: Path, header: Any, volume: NDArray[Any]) -> None:
     """Write one (nz, ny, nx) volume as .nii.gz."""
     put_nifti(path, header, [np.ascontiguousarray(volume).tobytes()])

@@ -1,4 +1,4 @@
-"""The command line: ``realign``, ``plan``, ``config``, ``simulate``, ``selftest``, ``warm``."""
+"""The command line: realign, apply, plan, config, simulate, selftest, warm."""
 
 import argparse
 import contextlib
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from keepstill import __version__
-from keepstill.errors import KeepstillError, SettingsError
+from keepstill.errors import KeepstillError, LaunchError, SettingsError
 from keepstill.progress import VolumeProgress
-from keepstill.settings import OUTSIDE, RealignSettings
+from keepstill.settings import OUTSIDE, EstimateSettings, RealignSettings
 from keepstill.start import start_quickly
 
 TRIPLES = ("voxel_mm", "shape", "point_spread_voxels")
@@ -54,6 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_realign_arguments(realign)
     realign.set_defaults(command=_realign)
+    apply = commands.add_parser(
+        "apply",
+        help="apply given transforms to one run",
+        description="Apply given transforms, one a volume, to one run in one interpolation: "
+        "those of another echo, of keepstill or of another tool, on the run's own grid, that of "
+        "another image, or one of other voxels.",
+    )
+    _add_apply_arguments(apply)
+    apply.set_defaults(command=_apply)
     plan = commands.add_parser(
         "plan",
         help="say what of a study is to do and what it will take",
@@ -111,13 +120,6 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-reslice", action="store_true", help="write transforms and tables only"
     )
     parser.add_argument(
-        "--affine-source",
-        choices=("auto", "sform", "qform"),
-        default=default.affine_source,
-        help="which of the header's affines is true (default: %(default)s: the sform if it has a "
-        "code; two that disagree are refused)",
-    )
-    parser.add_argument(
         "--dummy-scans",
         type=_dummy_scans,
         default=default.dummy_scans,
@@ -129,6 +131,48 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "--in-plane",
         action="store_true",
         help="motion within the slice plane only; one slice will do",
+    )
+    _add_run_arguments(parser)
+
+
+def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bold", type=Path, metavar="BOLD", help="4-D .nii or .nii.gz file")
+    parser.add_argument(
+        "--xfm",
+        type=Path,
+        required=True,
+        metavar="XFM",
+        help="one transform a volume: ITK text, as keepstill writes it; an mcflirt .mat folder or "
+        ".par file; AFNI's .aff12.1D; SPM's rp_*.txt",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE|DIR", help=".nii.gz, .nii, or a folder"
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="3-D image whose grid the volumes are put on (default: the run's own grid)",
+    )
+    parser.add_argument(
+        "--voxel-mm",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="edges of the voxels, one or three, about the centre of that grid",
+    )
+    _add_reslice_arguments(parser)
+    _add_run_arguments(parser)
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a run is read, and where it is worked on."""
+    parser.add_argument(
+        "--affine-source",
+        choices=("auto", "sform", "qform"),
+        default=RealignSettings().affine_source,
+        help="which of the header's affines is true (default: %(default)s: the sform if it has a "
+        "code; two that disagree are refused)",
     )
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="threads a rank (default: its affinity mask)"
@@ -319,6 +363,42 @@ def _stage(
     stage_dir: Path = stack.enter_context(single_stage_dir(stage_root))
     stage_run(args.bold, run, None, stage_dir, settings)
     return stage_dir
+
+
+def _apply(args: argparse.Namespace) -> int:
+    """Stage a run, put it on the grid that is wanted, and say where it is."""
+    start_quickly()
+    from keepstill.apply import Wanted, output_path, prepare_work, write_resliced
+    from keepstill.bids import run_name
+    from keepstill.files import claim_output_dir
+    from keepstill.ranks import launched_size
+    from keepstill.read import open_staged
+    from keepstill.stage import private_stage_root, single_stage_dir, stage_run
+
+    if (launched_size() or 1) > 1:
+        raise LaunchError("keepstill apply works with threads, not with ranks; call it alone")
+    began_s = time.perf_counter()
+    # One slice will do, and there is nothing to estimate, so nothing to keep room for.
+    settings = RealignSettings(
+        **_reslice_values(args),
+        affine_source=args.affine_source,
+        reslice=False,
+        in_plane=True,
+        estimate=EstimateSettings(model_volumes=0),
+    )
+    voxel_mm = None if args.voxel_mm is None else _three("voxel_mm", args.voxel_mm)
+    wanted = Wanted(args.xfm, args.reference, voxel_mm, settings)
+    run, n_threads = run_name(args.bold), args.threads or len(os.sched_getaffinity(0))
+    path = output_path(args.out, run)
+    claim_output_dir(path.parent, run)
+    with single_stage_dir(private_stage_root(args.stage_root)) as stage_dir:
+        stage_run(args.bold, run, None, stage_dir, settings)
+        work = prepare_work(open_staged(stage_dir), wanted)
+        write_resliced(work, wanted, path, n_threads)
+    seconds = time.perf_counter() - began_s
+    shape = " x ".join(map(str, work.grid.shape))
+    print(f"{run}: {work.run.n_volumes} volumes of {shape} voxels in {path} ({seconds:.1f} s)")
+    return 0
 
 
 def _given_config(args: argparse.Namespace) -> tuple[dict[str, Any], frozenset[str], Path]:

@@ -21,9 +21,9 @@ from keepstill.settings import RealignSettings
 PACKAGE = Path(__file__).parent
 # What cannot change a run's files: where and when things run, what is shown, what is shared out.
 WITHOUT_EFFECT = (
-    *("__main__", "config", "config_files", "lanes", "misnamed", "preflight"),
+    *("__main__", "apply", "config", "config_files", "lanes", "misnamed", "preflight"),
     *("phantom", "progress", "report", "run_table", "selftest", "simulate", "start", "study"),
-    *("truth", "warm"),
+    *("transforms", "truth", "warm"),
 )
 
 REFERENCES = ("first", "middle", "mean")  # anything else is the path of a file

@@ -12,7 +12,9 @@ from keepstill import __version__
 from keepstill.bids import bids_uri, relative_reference
 from keepstill.confounds import describe_columns
 from keepstill.manifest import REFERENCES, portable_settings
+from keepstill.read import StagedRun
 from keepstill.realigned import Realigned
+from keepstill.settings import RealignSettings
 
 CODE_URL = "https://github.com/keepstill/keepstill"
 BIDSIGNORE = (
@@ -154,23 +156,31 @@ def _in_space(result: Realigned) -> dict[str, Any]:
 
 def _bold_fields(result: Realigned) -> dict[str, Any]:
     """Fields of the raw run that stay true, and ours."""
-    metadata = result.run.found["metadata"]
+    return carried_fields(result.run) | _in_space(result) | reslicing_fields(result.settings)
+
+
+def carried_fields(run: StagedRun) -> dict[str, Any]:
+    """Fields of a raw run's sidecar that stay true of the run resliced, and those BIDS wants."""
+    metadata = run.found["metadata"]
     carried = {name: value for name, value in metadata.items() if name not in _NOT_CARRIED_OVER}
-    tasks = [part[5:] for part in result.run.run.split("_") if part.startswith("task-")]
+    tasks = [part[5:] for part in run.run.split("_") if part.startswith("task-")]
     if tasks:
         carried.setdefault("TaskName", tasks[0])
-    settings = result.settings
-    ours: dict[str, Any] = {
-        "SkullStripped": False,
+    ours: dict[str, Any] = {"SkullStripped": False}
+    if run.found["tr_s"] is not None:
+        ours["RepetitionTime"] = run.found["tr_s"]
+    if run.n_dummy:
+        ours["NumberOfVolumesNotSteady"] = run.n_dummy
+    return carried | ours
+
+
+def reslicing_fields(settings: RealignSettings) -> dict[str, Any]:
+    """What a resliced run holds where there are no data, and below 0."""
+    return {
         "OutsideFieldOfView": _OUTSIDE[settings.outside],
         "OutsideCommonField": _OUTSIDE[settings.outside] if settings.common_field else "kept",
         "NegativeValues": "set to 0" if settings.non_negative else "kept",
     }
-    if result.run.found["tr_s"] is not None:
-        ours["RepetitionTime"] = result.run.found["tr_s"]
-    if result.run.n_dummy:
-        ours["NumberOfVolumesNotSteady"] = result.run.n_dummy
-    return carried | _in_space(result) | ours
 
 
 def _map_fields(result: Realigned) -> dict[str, Any]:

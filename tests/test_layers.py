@@ -11,7 +11,7 @@ ENGINE = SCRIPTS / "keepstill"
 LAYERS = (
     ("", "errors"),
     ("files", "settings", "kernels", "start", "misnamed"),
-    ("geometry", "masks", "moving", "smooth", "survey", "lost_slices", "blobs"),
+    ("geometry", "masks", "moving", "smooth", "survey", "lost_slices", "blobs", "breathing"),
     ("nifti", "bids", "lanes"),
     ("manifest", "run_table"),
     ("stage",),

@@ -15,7 +15,7 @@ from typing import Any
 from keepstill import __version__
 from keepstill.errors import KeepstillError, LaunchError, SettingsError
 from keepstill.progress import VolumeProgress
-from keepstill.settings import OUTSIDE, EstimateSettings, RealignSettings
+from keepstill.settings import FD_FILTERS, OUTSIDE, EstimateSettings, RealignSettings
 from keepstill.start import start_quickly
 
 TRIPLES = ("voxel_mm", "shape", "point_spread_voxels")
@@ -132,7 +132,33 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="motion within the slice plane only; one slice will do",
     )
+    _add_fd_filter_arguments(parser)
     _add_run_arguments(parser)
+
+
+def _add_fd_filter_arguments(parser: argparse.ArgumentParser) -> None:
+    default = RealignSettings()
+    parser.add_argument(
+        "--fd-filter",
+        choices=FD_FILTERS,
+        default=default.fd_filter,
+        help="add framewise displacement of motion without breathing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fd-notch-per-min",
+        type=float,
+        nargs=2,
+        default=(default.fd_notch_low_per_min, default.fd_notch_high_per_min),
+        metavar=("LOW", "HIGH"),
+        help="breaths a minute that the notch stops (default: 12 18, for adults)",
+    )
+    parser.add_argument(
+        "--fd-lowpass-per-min",
+        type=float,
+        default=default.fd_lowpass_per_min,
+        metavar="F",
+        help="cycles a minute up to which the low-pass keeps motion (default: %(default)s)",
+    )
 
 
 def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
@@ -312,6 +338,10 @@ def _realign(args: argparse.Namespace) -> int:
         affine_source=args.affine_source,
         dummy_scans=args.dummy_scans,
         in_plane=args.in_plane,
+        fd_filter=args.fd_filter,
+        fd_notch_low_per_min=args.fd_notch_per_min[0],
+        fd_notch_high_per_min=args.fd_notch_per_min[1],
+        fd_lowpass_per_min=args.fd_lowpass_per_min,
     )
     return run_in_world(None, lambda world: _realign_in_world(args, settings, world))
 

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import figures, write
-from keepstill.confounds import OUTLIER, Columns, is_known_change, is_steady_change, make_confounds
+from keepstill.confounds import (
+    FILTERED,
+    OUTLIER,
+    Columns,
+    is_known_change,
+    is_steady_change,
+    make_confounds,
+)
 from keepstill.errors import OutputError, counted
 from keepstill.files import put_file, put_text
 from keepstill.manifest import (
@@ -223,6 +230,7 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
         "tr_s": None if tr_s is None else _number(tr_s),
         "mean_fd_mm": _mean(fd_mm),
         "max_fd_mm": _number(np.nanmax(fd_mm)) if np.isfinite(fd_mm).any() else None,
+        "mean_fd_filtered_mm": _mean(table[FILTERED]) if FILTERED in table else None,
         "n_outliers": int(np.sum(flagged * ~result.failed)),
         "n_failed": int(failed.size),
         "failed_volumes": failed.tolist(),

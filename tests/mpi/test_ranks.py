@@ -48,9 +48,12 @@ def test_every_volume_has_one_rank(n, size):
 
 @pytest.mark.parametrize("reference", ["first", "middle", "mean"])
 def test_same_bytes_for_any_ranks_and_threads(reference, tmp_path):
-    source = runs.write_run(tmp_path / "in" / "a_bold.nii.gz", runs.ball_run(7))
+    """Of a run that is long enough for a model, with a volume of which slices were lost."""
+    data = runs.ball_run(15)
+    data[:, :, 5:7, 4] //= 4
+    source = runs.write_run(tmp_path / "in" / "a_bold.nii.gz", data)
     found = []
-    for ranks, threads in [(1, 1), (1, 2), (2, 1), (3, 1)]:
+    for ranks, threads in [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1)]:
         out = tmp_path / f"out-{ranks}-{threads}"
         done = call(
             ["realign", source, "--out", out, "--threads", threads, "--reference", reference], ranks
@@ -59,6 +62,8 @@ def test_same_bytes_for_any_ranks_and_threads(reference, tmp_path):
         found.append(digests(out))
     assert len(found[0]) == 17  # eight outputs, their sidecars, the manifest
     assert all(other == found[0] for other in found)
+    columns = runs.read_table(out / "a_desc-confounds_timeseries.tsv")
+    assert columns["n_lost_slices"][4] == "2" and "n/a" not in columns["expected_error"]
 
 
 @pytest.mark.parametrize(

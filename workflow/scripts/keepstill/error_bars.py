@@ -33,6 +33,20 @@ def with_error_bars(estimates: dict[int, Estimate]) -> dict[int, Estimate]:
     return {t: replace(e, covariance=e.covariance * inflation) for t, e in estimates.items()}
 
 
+def with_explained_noise(estimate: Estimate, explained: float) -> Estimate:
+    """Estimate of a volume that the run's model was fitted to, its covariances made up for that.
+
+    The model explains a part of the volume's noise: residuals are that much smaller than the
+    noise, and that much of what they say about motion is lost.
+    """
+    factor = 1.0 / (1.0 - explained) ** 2
+    return replace(
+        estimate,
+        covariance=estimate.covariance * factor,
+        covariance_by_blocks=estimate.covariance_by_blocks * factor,
+    )
+
+
 def mean_square_mm2(covariance: Matrix) -> float:
     """Mean square displacement over a ball of 65 mm about the centre, mm^2, by a (6, 6) error."""
     turned = 0.4 * _HEAD_RADIUS_MM**2  # of points in a ball: two thirds of the mean square radius

@@ -15,8 +15,9 @@ Slices = NDArray[np.int64]
 _MOST_KEPT = 0.75
 # At the end of the field there is one neighbour to go by, and tissue may have moved out.
 _MOST_KEPT_AT_END = 0.5
-# A slice is compared with the median of so many, itself in the middle.
-_WINDOW = 9
+# What is expected of a slice is the third largest of itself and so many on either side: several
+# neighbours may be lost.
+_REACH, _FROM_TOP = 6, 3
 # With more than this part of its slices lost, a volume has no whole neighbours to go by.
 _MOST_LOST = 0.5
 
@@ -30,8 +31,8 @@ def find_lost_slices(volume: Volume, reference_means: NDArray[np.float64]) -> Sl
     """Slices (z) of a volume that have lost signal.
 
     A slice is lost if it is darker, against the reference's slice, than the slices around it are
-    against theirs, and also darker than its nearest whole neighbour on either side: the slices at
-    the top of a head that has moved down are only the former.
+    against theirs, and also darker than its nearest whole neighbours on either side let expect:
+    the slices at the top of a head that has moved down are only the former.
 
     Parameters
     ----------
@@ -44,11 +45,11 @@ def find_lost_slices(volume: Volume, reference_means: NDArray[np.float64]) -> Sl
     lost : (m,) int64
     """
     means = slice_means(volume)
-    if (means <= 0).any() or (reference_means <= 0).any() or len(means) < _WINDOW:
+    if (means <= 0).any() or (reference_means <= 0).any() or len(means) <= _REACH:
         return np.zeros(0, np.int64)
     ratio = means / reference_means
-    beside = np.pad(ratio, _WINDOW // 2, mode="reflect")
-    around = np.median(np.lib.stride_tricks.sliding_window_view(beside, _WINDOW), axis=1)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(ratio, _REACH), 2 * _REACH + 1)
+    around = np.partition(windows, -_FROM_TOP, axis=1)[:, -_FROM_TOP]
     suspect = ratio < _MOST_KEPT * around
     if suspect.sum() > _MOST_LOST * len(means):
         return np.zeros(0, np.int64)
@@ -62,7 +63,9 @@ def _is_dip(
 ) -> bool:
     below, above = whole[whole < z], whole[whole > z]
     if below.size and above.size:
-        return bool(means[z] < _MOST_KEPT * min(means[below[-1]], means[above[0]]))
+        beside = np.array([below[-1], above[0]])
+        between = np.exp(np.interp(z, beside, np.log(means[beside])))
+        return bool(means[z] < _MOST_KEPT * between and ratio[z] < _MOST_KEPT * min(ratio[beside]))
     neighbour = below[-1] if below.size else above[0]
     return bool(ratio[z] < _MOST_KEPT_AT_END * ratio[neighbour])
 

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,6 +44,9 @@ _WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
 # What srun says of its step, with or without a PMI that would let the tasks find each other.
 _SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
 
+# How long a rank sleeps between two looks at whether the others have come.
+_NAP_S = 0.0005
+
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -75,13 +79,21 @@ class World:
         self._comm = MPI.COMM_WORLD
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
 
+    def _rest(self) -> None:
+        """Sleep until all ranks are here: MPI's own waiting keeps a core busy."""
+        all_here = self._comm.Ibarrier()
+        while not all_here.Test():
+            time.sleep(_NAP_S)
+
     def gather(self, value: Any) -> list[Any] | None:
         """All ranks' values, on rank 0."""
+        self._rest()
         gathered: list[Any] | None = self._comm.gather(value)
         return gathered
 
     def bcast(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""
+        self._rest()
         return self._comm.bcast(value)
 
     def abort(self, code: int) -> NoReturn:
@@ -260,7 +272,8 @@ def _fit_model(task: Task, estimates: list[Estimate], world: Alone | World, crew
     reference = task.target.reference
     blocks = share(len(reference.blocks) - 1, world.size, world.rank)
     team = Team(blocks, crew.n_threads, lambda value: world.bcast(world.gather(value)))
-    return fit_run_model(reference, fitted, task.target.own_grid, team)
+    model = fit_run_model(reference, fitted, task.target.own_grid, team)
+    return replace(model, learnt_from=frozenset(chosen))
 
 
 def _finish(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:

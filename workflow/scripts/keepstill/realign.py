@@ -12,16 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
+from keepstill.error_bars import with_explained_noise
 from keepstill.errors import EmptyVolumeError, InputError
 from keepstill.estimate import Estimate, estimate_motion
-from keepstill.kernels.aliasing import Fitted, row_phases
+from keepstill.kernels.aliasing import Fitted
 from keepstill.last_step import residuals_of, take_last_step, to_moving_voxel
 from keepstill.lost_slices import filled, find_lost_slices, slice_means
 from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.read import StagedRun, read_volume
 from keepstill.reference import Acquisition, Reference, prepare_reference
 from keepstill.reslice import extend_volume, reslice_volume
-from keepstill.run_model import RunModel
+from keepstill.run_model import RunModel, fitted_to
 from keepstill.settings import RealignSettings
 from keepstill.smooth import fill_missing
 from keepstill.stage import enlarge_staged
@@ -248,15 +249,9 @@ def fitted_volumes(
     """What a run's model is fitted to: residuals in the realigned file, of volumes by slot."""
     slots = sorted(spans)
     affine, reference = task.run.layout.affine, task.target.reference
-    maps = [to_moving_voxel(estimate, affine, reference)[:3].copy() for estimate in estimates]
-    rows = reference.last.points.rows
-    return Fitted(
-        residuals=open_residuals(task.run, task.target, len(slots)),
-        slots=np.array(slots, np.int64),
-        spans=np.array([spans[slot] for slot in slots]),
-        maps=np.array(maps),
-        phases=np.array([row_phases(to_moving, rows) for to_moving in maps]),
-    )
+    maps = [to_moving_voxel(estimate, affine, reference) for estimate in estimates]
+    residuals = open_residuals(task.run, task.target, len(slots))
+    return fitted_to(reference, residuals, slots, [spans[slot] for slot in slots], maps)
 
 
 def finish_volumes(
@@ -352,7 +347,7 @@ class _Worker:
     def last_step(self, t: int, estimate: Estimate, model: RunModel) -> Estimate:
         """Estimate of volume t after its last step."""
         moving = self._moving(self._volume(t), _as_array(estimate.lost_slices))
-        return take_last_step(moving, self._affine, self._reference, estimate, model)
+        return self._after_last_step(t, moving, estimate, model)
 
     def finish(
         self,
@@ -366,17 +361,23 @@ class _Worker:
         volume = self._volume(t)
         moving = self._moving(volume, _as_array(estimate.lost_slices))
         if estimate.status == "reference":
-            still = take_last_step(moving, self._affine, self._reference, _AT_REST, model)
+            still = self._after_last_step(t, moving, _AT_REST, model)
             estimate = replace(still, status="reference", moving_from_reference=np.eye(4),
                                iterations=0, cost=0.0, scale=1.0)  # fmt: skip
         elif estimate.status == "ok":
-            last = take_last_step(moving, self._affine, self._reference, estimate, model)
+            last = self._after_last_step(t, moving, estimate, model)
             pose = geometry.compose(last.moving_from_reference, own_pose)
             estimate = replace(last, moving_from_reference=pose)
         if self._settings.reslice:
             out = self._reslice(volume, moving, estimate)
             os.pwrite(handle, out.data, t * out.nbytes)
         return estimate
+
+    def _after_last_step(
+        self, t: int, moving: Moving, estimate: Estimate, model: RunModel
+    ) -> Estimate:
+        last = take_last_step(moving, self._affine, self._reference, estimate, model)
+        return with_explained_noise(last, model.explained) if t in model.learnt_from else last
 
     def _volume(self, t: int) -> NDArray[np.float32]:
         return fill_missing(self._run.volume(t))[0]

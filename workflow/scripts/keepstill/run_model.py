@@ -18,7 +18,7 @@ frequencies with each volume's own parameters eliminated.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from keepstill.kernels.aliasing import (
     Fitted,
     fill_factors,
     fit_fields,
+    row_phases,
     take_off_aliasing,
     take_off_parabolas,
 )
@@ -44,10 +45,15 @@ from keepstill.reference import Reference, wide_lowpassed
 Matrix = NDArray[np.float64]
 T = TypeVar("T")
 
-# A wave is expected to be about as strong as the noise.
-_RIDGE = 1.0
-# Rounds of fields and steps; with three earlier rounds to go by, more change no volume by 1 um.
-_ROUNDS, _MEMORY = 8, 3
+# Noise variance over that of a wave, as is expected: waves are stronger.
+_RIDGE = 0.5
+# Rounds of fields and steps of the early volumes; with three earlier rounds to go by, more change
+# little. Every third volume is early, if that makes enough of them.
+_ROUNDS, _MEMORY = 4, 3
+_EARLY_EVERY, _FEWEST_EARLY = 3, 24
+_NO_FACTORS = np.zeros((N_FACTORS, 0), np.float32)
+# Freedom is looked at in one point of so many.
+_POINTS_PER_FREEDOM = 16
 # Anderson's weights see motion only: shifts in mm, rotations in mm at this radius.
 _RADIUS_MM = 65.0
 # Scanner positions are measured in units of this, mm, and the coefficients of the log of the
@@ -96,10 +102,17 @@ class RunModel:
         Constant, and cosine and sine for each axis, at the points of the reference's last level.
     shading : (4, 4) float64
         The log of the sensitivity at voxel p = (x, y, z, 1) of a volume is p' shading p.
+    explained : float
+        Part of the noise of a volume that the fields were fitted to which they explain: 7 numbers
+        a point over the number of volumes, or less where the volumes' waves are alike.
+    learnt_from : frozenset of int
+        These volumes.
     """
 
     fields: NDArray[np.float32] | None
     shading: Matrix
+    explained: float = 0.0
+    learnt_from: frozenset[int] = frozenset()
 
     def take_off(
         self,
@@ -128,6 +141,31 @@ class RunModel:
 NO_MODEL = RunModel(None, np.zeros((4, 4)))
 
 
+def fitted_to(
+    reference: Reference,
+    residuals: NDArray[np.float32],
+    slots: Sequence[int],
+    spans: Sequence[NDArray[np.int64]],
+    maps: Sequence[Matrix],
+) -> Fitted:
+    """What a model is to be fitted to: residuals at the points of the reference's last level.
+
+    Parameters
+    ----------
+    reference : Reference
+    residuals : (n_slots, n) float32
+    slots : (m,) int
+        Slot of each volume.
+    spans : (m, n_rows, 2) int64
+    maps : (m, 4, 4) float64
+        Voxel of the reference -> voxel of each volume.
+    """
+    rows = reference.last.points.rows
+    kept = [np.ascontiguousarray(to_moving[:3]) for to_moving in maps]
+    phases = np.array([row_phases(to_moving, rows) for to_moving in kept])
+    return Fitted(residuals, np.array(slots, np.int64), np.array(spans), np.array(kept), phases)
+
+
 def fit_run_model(reference: Reference, fitted: Fitted, own_grid: bool, team: Team) -> RunModel:
     """Fit shading and aliasing to some volumes of a run.
 
@@ -141,7 +179,8 @@ def fit_run_model(reference: Reference, fitted: Fitted, own_grid: bool, team: Te
     team : Team
     """
     shading = _fit_shading(reference, fitted, team) if own_grid else np.zeros((4, 4))
-    return RunModel(_fit_fields(reference, fitted, team), shading)
+    fields, freedom = _fit_fields(reference, fitted, team)
+    return RunModel(fields, shading, freedom / len(fitted.slots))
 
 
 def change_of(shading: Matrix, to_moving: Matrix) -> Matrix:
@@ -166,39 +205,116 @@ def _extent(points: Points) -> slice:
     return slice(int(points.rows[0, 4]), int(points.rows[-1, 4] + points.rows[-1, 3]))
 
 
-def _fit_fields(reference: Reference, fitted: Fitted, team: Team) -> NDArray[np.float32]:
-    """Fields of aliasing, solved for in turn with the volumes' steps."""
-    last, m = reference.last, len(fitted.slots)
-    normals = [last.normal - outside_normal(last.points, spans) for spans in fitted.spans]
-    parts = {block: _block_points(reference, block) for block in team.blocks}
-    extents = {block: _extent(points) for block, (points, _) in parts.items()}
-    factors: dict[int, NDArray[np.float32]] = {}
-    fields = np.zeros((N_FIELDS, last.points.values.size), np.float32)
-    steps = np.zeros((m, N_COLUMNS))
-    history: list[tuple[Matrix, Matrix]] = []
+def _fit_fields(
+    reference: Reference, fitted: Fitted, team: Team
+) -> tuple[NDArray[np.float32], float]:
+    """Fields of aliasing, solved for in turn with the volumes' steps; and their freedom.
 
-    def round_of(block: int) -> Matrix:
-        points, rows = parts[block]
-        of_block = _of_block(fitted, rows)
-        if block not in factors:
-            extent = extents[block]
-            factors[block] = np.empty((N_FACTORS, extent.stop - extent.start), np.float32)
-            fill_factors(factors[block], points, of_block, _RIDGE)
-        right: Matrix = fit_fields(
-            fields, factors[block], points, of_block, steps.astype(np.float32)
+    Every third volume goes first, until their steps settle; all others take theirs from the
+    fields that these have found, and then all have their say.
+    """
+    work = _FieldsWork(reference, team)
+    m = len(fitted.slots)
+    steps, history = np.zeros((m, N_COLUMNS)), list[tuple[Matrix, Matrix]]()
+    early = slice(None, None, _EARLY_EVERY if m >= _EARLY_EVERY * _FEWEST_EARLY else 1)
+    first = _Chosen.of(reference, fitted, early)
+    own = np.zeros((len(first.normals), N_COLUMNS))
+    for _ in range(_ROUNDS):
+        own = _accelerated(history, own, work.change(first, own, refit=True))
+    if early.step == 1:
+        work.change(first, own, refit=True)
+        return work.gathered(), work.freedom(first)
+    every = _Chosen.of(reference, fitted, slice(None))
+    work.change(first, own, refit=True)
+    steps += work.change(every, steps, refit=False)
+    steps[early] = own
+    steps += work.change(every, steps, refit=True)
+    work.change(every, steps, refit=True)
+    return work.gathered(), work.freedom(every)
+
+
+@dataclass
+class _Chosen:
+    """Some of the fitted volumes, their normal matrices, and their factors by block."""
+
+    fitted: Fitted
+    normals: list[Matrix]
+    factors: dict[int, NDArray[np.float32]]
+
+    @classmethod
+    def of(cls, reference: Reference, fitted: Fitted, which: slice) -> "_Chosen":
+        last = reference.last
+        chosen = fitted._replace(
+            slots=np.ascontiguousarray(fitted.slots[which]),
+            spans=np.ascontiguousarray(fitted.spans[which]),
+            maps=np.ascontiguousarray(fitted.maps[which]),
+            phases=np.ascontiguousarray(fitted.phases[which]),
         )
-        return right
+        normals = [last.normal - outside_normal(last.points, spans) for spans in chosen.spans]
+        return cls(chosen, normals, {})
 
-    for n_round in range(_ROUNDS):
-        right = sum(team.each(round_of), np.zeros((m, N_COLUMNS)))
-        if n_round < _ROUNDS - 1:
-            found = zip(normals, right, strict=True)
-            change = [allowed_step(normal, r, reference.basis)[0][:, 0] for normal, r in found]
-            steps = _accelerated(history, steps, np.array(change))
-    filled = team.gather([(extents[block], fields[:, extents[block]]) for block in team.blocks])
-    for extent, values in (part for parts_of_rank in filled for part in parts_of_rank):
-        fields[:, extent] = values
-    return fields
+
+class _FieldsWork:
+    """The fields, and what is done to them block by block."""
+
+    def __init__(self, reference: Reference, team: Team) -> None:
+        self._basis, self._team = reference.basis, team
+        self._parts = {block: _block_points(reference, block) for block in team.blocks}
+        n_points = reference.last.points.values.size
+        self._fields = np.zeros((N_FIELDS, n_points), np.float32)
+
+    def change(self, chosen: _Chosen, steps: Matrix, refit: bool) -> Matrix:
+        """Changes (m, 8) of the steps by the fields, which are fitted to the volumes before."""
+
+        def right_of(block: int) -> Matrix:
+            points, rows = self._parts[block]
+            of_block = _of_block(chosen.fitted, rows)
+            factors = chosen.factors.get(block, _NO_FACTORS)
+            if refit and block not in chosen.factors:
+                extent = _extent(points)
+                factors = np.empty((N_FACTORS, extent.stop - extent.start), np.float32)
+                fill_factors(factors, points, of_block, _RIDGE)
+                chosen.factors[block] = factors
+            as_singles = steps.astype(np.float32)
+            right: Matrix = fit_fields(self._fields, factors, points, of_block, as_singles, refit)
+            return right
+
+        right = sum(self._team.each(right_of), np.zeros(steps.shape))
+        found = zip(chosen.normals, right, strict=True)
+        return np.array([allowed_step(normal, r, self._basis)[0][:, 0] for normal, r in found])
+
+    def freedom(self, chosen: _Chosen) -> float:
+        """Mean number of degrees of freedom of the fields at a point."""
+        freedoms = self._team.each(lambda block: _freedoms(chosen.factors[block]))
+        return float(np.concatenate(freedoms).mean())
+
+    def gathered(self) -> NDArray[np.float32]:
+        """The fields, on all ranks."""
+        extents = {block: _extent(points) for block, (points, _) in self._parts.items()}
+        mine = [(extent, self._fields[:, extent]) for extent in extents.values()]
+        for extent, values in (part for parts in self._team.gather(mine) for part in parts):
+            self._fields[:, extent] = values
+        return self._fields
+
+
+def _freedoms(factors: NDArray[np.float32]) -> Matrix:
+    """Degrees of freedom of the fields at some points of a block: 7 less what the ridge holds.
+
+    That is 7 - ridge trace(A^-1) for normal matrices A with factors L, by the rows of L^-1.
+    """
+    some = factors[:, ::_POINTS_PER_FREEDOM].astype(np.float64)
+    held = np.zeros(some.shape[1])
+    rows: list[list[Matrix]] = []
+    for a in range(N_FIELDS):
+        pivot, row = some[a * (a + 3) // 2], []
+        for b in range(a):
+            known = (some[a * (a + 1) // 2 + k] * rows[k][b] for k in range(b, a))
+            row.append(-pivot * sum(known, np.zeros(1)))
+            held += _RIDGE * row[b] ** 2 if b else 0.0
+        row.append(pivot)
+        held += _RIDGE * pivot**2 if a else 0.0
+        rows.append(row)
+    return np.asarray(N_FIELDS - held)
 
 
 def _accelerated(history: list[tuple[Matrix, Matrix]], steps: Matrix, change: Matrix) -> Matrix:
@@ -314,10 +430,8 @@ def _solved_shading(
 
 def _credibility(form: Matrix, points: Points) -> float:
     """0 to 1: how far beyond a spurious one the shading is, over the head (Breiman's garrote)."""
-    rows = points.rows
-    middle = rows[:, 2] + (rows[:, 3] - 1) / 2
-    at = np.stack([middle, rows[:, 0], rows[:, 1], np.ones(len(rows))])
-    field = sum((form[a, b] * at[a] * at[b] for a in range(4) for b in range(4)), np.zeros(1))
+    monomials = _monomials(points, np.eye(4))
+    field = sum((c * m for c, m in zip(_as_column(form), monomials, strict=True)), np.zeros(1))
     variance = float(np.var(field))
     return max(0.0, 1.0 - (_SPURIOUS_SD**2 / variance) ** 2) if variance > 0 else 0.0
 

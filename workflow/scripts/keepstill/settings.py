@@ -40,7 +40,7 @@ class EstimateSettings:
     last_lowpass_fwhm_voxels: float = 1.4
     tolerance_mm: float = 0.01
     max_iterations: int = 40
-    model_volumes: int = 48
+    model_volumes: int = 96
     min_overlap: float = 0.5
 
 

@@ -1,18 +1,16 @@
 """Compiling every kernel once, into numba's cache, before ranks could race for it."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keepstill import geometry
 from keepstill.estimate import estimate_motion
-from keepstill.kernels.aliasing import Fitted, row_phases
 from keepstill.last_step import residuals_of, take_last_step
 from keepstill.maps import temporal_moments
 from keepstill.masks import brain_mask
 from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.reference import Acquisition, Reference, prepare_reference
 from keepstill.reslice import coverage, extend_volume, reslice_volume
-from keepstill.run_model import RunModel, Team, fit_run_model
+from keepstill.run_model import RunModel, Team, fit_run_model, fitted_to
 from keepstill.settings import EstimateSettings
 
 
@@ -41,9 +39,7 @@ def warm_kernels() -> None:
 def _model(moving: Moving, reference: Reference) -> RunModel:
     """A model of one volume's residuals."""
     residuals, spans = residuals_of(moving, np.eye(4), reference, 1.0)
-    maps: NDArray[np.float64] = np.eye(4)[None, :3].copy()
-    phases = row_phases(maps[0], reference.last.points.rows)[None]
-    fitted = Fitted(residuals[None].copy(), np.zeros(1, np.int64), spans[None], maps, phases)
+    fitted = fitted_to(reference, residuals[None].copy(), [0], [spans], [np.eye(4)])
     team = Team(range(len(reference.blocks) - 1), 1, lambda value: [value])
     shaded = np.zeros((4, 4))
     shaded[0, 0] = 1e-9

@@ -211,13 +211,14 @@ def fit_fields(
     points: Points,
     fitted: Fitted,
     steps: NDArray[np.float32],
+    refit: bool,
 ) -> NDArray[np.float64]:
     """Fields that explain the residuals best, and what is left of them for each volume's motion.
 
     Parameters
     ----------
     fields : (7, n) float32
-        Filled at the points of the block.
+        Filled at the points of the block, or used as they are.
     factors : (28, k) float32
         From `fill_factors`, of the same block.
     points : Points
@@ -226,6 +227,8 @@ def fit_fields(
         As there.
     steps : (m, 8) float32
         Steps of each volume that are taken off its residuals beforehand.
+    refit : bool
+        Whether the fields are fitted; else the factors are not looked at.
 
     Returns
     -------
@@ -243,11 +246,16 @@ def fit_fields(
         for v in range(m):
             fill_waves(waves[v], tables[v], fitted.phases[v, r], n)
         _take_off_steps(left, fitted, points.jacobian, steps, (at, r))
-        _fill_right(solved, waves, left, fitted.spans, r)
-        _solve(solved, factors, at - rows[0, 4], n)
-        for a in range(N_FIELDS):
-            for i in range(n):
-                fields[a, at + i] = solved[a, i]
+        if refit:
+            _fill_right(solved, waves, left, fitted.spans, r)
+            _solve(solved, factors, at - rows[0, 4], n)
+            for a in range(N_FIELDS):
+                for i in range(n):
+                    fields[a, at + i] = solved[a, i]
+        else:
+            for a in range(N_FIELDS):
+                for i in range(n):
+                    solved[a, i] = fields[a, at + i]
         _take_off_all_fields(left, waves, solved, fitted.spans, r)
         _add_lanes(lanes, left, points.test_jacobian, fitted.spans, (at, r))
     right = np.zeros((m, N_COLUMNS))

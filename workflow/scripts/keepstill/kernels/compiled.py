@@ -11,16 +11,17 @@ from numba import njit
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_njit: Any = njit  # its stub does not know all options
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "no_cfunc_wrapper": True}
+
 
 def kernel(function: F) -> F:
     """Compile a function that Python calls."""
-    compiled: F = njit(cache=True, nogil=True, no_cfunc_wrapper=True)(function)
+    compiled: F = _njit(**_OPTIONS)(function)
     return compiled
 
 
 def part(function: F) -> F:
     """Compile a function that only kernels call."""
-    compiled: F = njit(cache=True, nogil=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)(
-        function
-    )
+    compiled: F = _njit(**_OPTIONS, no_cpython_wrapper=True)(function)
     return compiled

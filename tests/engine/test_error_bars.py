@@ -1,0 +1,115 @@
+"""Expected errors: quantiles of displacements that are drawn."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from keepstill.error_bars import (
+    expected_errors_mm,
+    mean_square_mm2,
+    with_error_bars,
+    with_explained_noise,
+)
+from keepstill.estimate import Estimate
+
+RADIUS_MM = 65.0
+PROBABILITY = 0.68
+UNKNOWN = np.full((6, 6), np.nan)
+
+
+def covariance_of(seed, n_directions=6, size_mm=0.01):
+    """A covariance of shifts (mm) and turns (rad), of less than full rank if asked for."""
+    factor = np.random.default_rng(seed).normal(size=(6, n_directions)) * size_mm
+    factor[3:] /= RADIUS_MM
+    return factor @ factor.T
+
+
+def estimate_with(noise, by_blocks):
+    return Estimate(np.eye(4), "ok", 3, 0.01, 1.0, 1.0, 0, noise, by_blocks)
+
+
+def drawn(covariance, n=200_000):
+    return np.random.default_rng(9).multivariate_normal(np.zeros(6), covariance, n, method="svd")
+
+
+def displacement_mm(errors):
+    """Rms over a ball about the centre: a turn w moves its points by w^2 2/5 R^2 on average."""
+    shifts, turns = errors[:, :3], errors[:, 3:]
+    return np.sqrt((shifts**2).sum(axis=1) + 0.4 * RADIUS_MM**2 * (turns**2).sum(axis=1))
+
+
+def test_mean_square_over_a_ball():
+    """Of points drawn from the ball, moved by errors that are drawn too."""
+    covariance = covariance_of(1)
+    errors = drawn(covariance, 20_000)
+    points = np.random.default_rng(2).uniform(-RADIUS_MM, RADIUS_MM, (40_000, 3))
+    points = points[np.linalg.norm(points, axis=1) <= RADIUS_MM][:20_000]
+    moved = errors[: len(points), :3] + np.cross(errors[: len(points), 3:], points)
+    assert mean_square_mm2(covariance) == pytest.approx((moved**2).sum(axis=1).mean(), rel=0.03)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n_directions", [1, 2, 3, 6])
+def test_quantile_of_drawn_errors(seed, n_directions):
+    """Wilson & Hilferty's is right to 3% whatever the directions; those of a single one too."""
+    covariance = covariance_of(seed, n_directions)
+    expected = np.quantile(displacement_mm(drawn(covariance)), PROBABILITY)
+    found = expected_errors_mm(covariance[None], None)
+    np.testing.assert_allclose(found, [expected], rtol=0.03)
+
+
+def test_the_error_of_the_reference_is_everybody_s():
+    covariances = np.array([covariance_of(seed) for seed in range(3)])
+    found = expected_errors_mm(covariances, 1)
+    assert found[1] == 0
+    for t in (0, 2):
+        both = displacement_mm(drawn(covariances[t] + covariances[1]))
+        assert found[t] == pytest.approx(np.quantile(both, PROBABILITY), rel=0.02)
+    assert (found[[0, 2]] > expected_errors_mm(covariances, None)[[0, 2]]).all()
+
+
+def test_what_is_not_known_stays_so():
+    covariances = np.array([covariance_of(1), UNKNOWN, covariance_of(2)])
+    assert np.isnan(expected_errors_mm(covariances, 0)).tolist() == [False, True, False]
+    assert np.isnan(expected_errors_mm(covariances, 1)).tolist() == [True, False, True]
+    assert np.isnan(expected_errors_mm(covariances, None)).tolist() == [False, True, False]
+
+
+def test_no_noise_no_error():
+    """A run that repeats its reference leaves no residual."""
+    nothing = np.zeros((3, 6, 6))
+    assert (expected_errors_mm(nothing, 0) == 0).all()
+    assert (expected_errors_mm(nothing, None) == 0).all()
+    estimate = estimate_with(nothing[0], nothing[0])
+    assert (with_error_bars({0: estimate})[0].covariance == 0).all()
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(3.0, 3.0), (0.5, 1.0), (1e6, 100.0)])
+def test_blocks_count_as_a_mean_over_the_run(factor, expected):
+    """Half of the blocks' factor is in each second volume; noise is the least there is."""
+    estimates = {}
+    for t, part in enumerate((0.5, 1.5, 0.5, 1.5)):
+        noise = covariance_of(t // 2)
+        estimates[t] = estimate_with(noise, noise * factor * part)
+    estimates[4] = replace(estimates[0], status="failed", covariance=UNKNOWN)
+    found = with_error_bars(estimates)
+    assert list(found) == list(estimates)
+    for t in range(4):
+        np.testing.assert_allclose(found[t].covariance, estimates[t].covariance * expected)
+    assert np.isnan(found[4].covariance).all()
+
+
+def test_noise_that_the_model_explains():
+    """A quarter: the variance of residuals is 3/4, and so is what they say of the motion."""
+    estimate = estimate_with(covariance_of(1), covariance_of(2))
+    found = with_explained_noise(estimate, 0.25)
+    np.testing.assert_allclose(found.covariance * 0.75**2, estimate.covariance)
+    np.testing.assert_allclose(found.covariance_by_blocks * 0.75**2, estimate.covariance_by_blocks)
+    unchanged = with_explained_noise(estimate, 0.0)
+    np.testing.assert_array_equal(unchanged.covariance, estimate.covariance)
+
+
+def test_without_any_known_error():
+    estimates = {0: estimate_with(UNKNOWN, UNKNOWN)}
+    assert with_error_bars(estimates) is estimates

@@ -1,0 +1,190 @@
+"""The last step: nearer to the truth, held where it has to be, and honest about its error."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import modelled
+import runs
+from keepstill import geometry, phantom
+from keepstill.error_bars import expected_errors_mm, with_error_bars, with_explained_noise
+from keepstill.last_step import take_last_step
+from keepstill.reference import Acquisition, prepare_reference
+from keepstill.run_model import NO_MODEL
+
+SHAPE, SIZES_MM = (64, 64, 36), (3.4, 3.4, 3.5)
+AFFINE = phantom.grid_affine(SHAPE, SIZES_MM)
+N_VOLUMES = 48
+# Steps weigh as they move a head.
+WEIGHT = np.array([1.0] * 3 + [65.0] * 3)
+
+
+def errors_mm(run, estimates):
+    """Error of each volume but the first."""
+    found = np.array([e.moving_from_reference for e in estimates])
+    return phantom.displacement_mm(found, run.truth, run.brain_mm)[1:]
+
+
+@pytest.fixture(scope="module")
+def sharp_runs(head):
+    """Runs whose voxels are wider than the point spread: their estimates before and after."""
+    out = []
+    for seed in (3, 4, 5):
+        poses = phantom.drawn_poses("spikes", N_VOLUMES, seed)
+        run, volumes = runs.head_run(head, poses, SHAPE, AFFINE, seed=seed)
+        reference = prepare_reference(
+            volumes[0], AFFINE, modelled.SETTINGS, Acquisition(ghost_axis=1)
+        )
+        before = modelled.first_estimates(volumes, AFFINE, reference)
+        fitted = modelled.fitted_of(volumes, AFFINE, reference, before)
+        model = modelled.model_of(reference, fitted)
+        after = modelled.last_estimates(volumes, AFFINE, reference, before, model)
+        after = [with_explained_noise(e, model.explained) for e in after]
+        out.append((run, before, after))
+    return out
+
+
+def test_nearer_to_the_truth(sharp_runs):
+    """By a fifth at least on average, and in the worst volume."""
+    before, after = (
+        np.array([errors_mm(run, estimates[part]) for run, *estimates in sharp_runs])
+        for part in (0, 1)
+    )
+    assert after.mean() < 0.8 * before.mean() and after.mean() < 0.0075
+    assert after.max() < before.max() and after.max() < 0.02
+
+
+def test_expected_errors_cover_what_they_say(sharp_runs):
+    """68% of the volumes; of three runs 141, whose errors are alike through the reference's."""
+    covered = []
+    for run, _, after in sharp_runs:
+        known = with_error_bars(dict(enumerate(after)))
+        covariances = np.array([e.covariance for e in known.values()])
+        expected_mm = expected_errors_mm(covariances, 0)
+        assert expected_mm[0] == 0 and (expected_mm[1:] > 0.003).all()
+        covered.append(errors_mm(run, after) < expected_mm[1:])
+    assert 0.5 < np.mean(covered) < 0.85
+
+
+@pytest.fixture(scope="module")
+def turned(head):
+    """A reference, the volume that it was made of and one that has moved."""
+    motion = phantom.rigid((0.7, -0.5, 0.9), (0.9, -0.7, 0.8))
+    run, volumes = runs.head_run(head, np.array([np.eye(4), motion]), SHAPE, AFFINE, seed=2)
+    for volume in volumes:
+        volume.setflags(write=False)
+    reference = prepare_reference(volumes[0], AFFINE, modelled.SETTINGS)
+    return run, volumes, reference, modelled.first_estimates(volumes, AFFINE, reference)
+
+
+def last_step(turned, estimate):
+    _, volumes, reference, _ = turned
+    moving = modelled.moving_of(volumes[1], reference)
+    return take_last_step(moving, AFFINE, reference, estimate, NO_MODEL)
+
+
+def pushed(estimate, shift_mm):
+    shift = geometry.translation(np.array([shift_mm, 0.0, 0.0]))
+    return replace(estimate, moving_from_reference=shift @ estimate.moving_from_reference)
+
+
+def test_a_failed_volume_stays_as_it_is(turned):
+    failed = replace(turned[3][1], status="failed")
+    assert last_step(turned, failed) is failed
+
+
+@pytest.mark.parametrize("off_mm", [0.35, 1.5])
+def test_a_step_too_far_is_not_taken(turned, off_mm):
+    estimate = pushed(turned[3][1], off_mm)
+    assert last_step(turned, estimate) is estimate
+
+
+@pytest.mark.parametrize("off_mm", [0.1, -0.2])
+def test_a_small_step_goes_all_the_way(turned, off_mm):
+    """To where it goes without the push: one step of Gauss-Newton is nearly exact so near."""
+    run, _, _, (_, estimate) = turned
+    expected, found = (last_step(turned, pushed(estimate, mm)) for mm in (0.0, off_mm))
+    matrices = np.array([[found.moving_from_reference], [expected.moving_from_reference]])
+    assert phantom.displacement_mm(*matrices, run.brain_mm)[0] < 0.1 * abs(off_mm)
+    assert found.iterations == estimate.iterations + 1
+    assert (found.status, found.overlap) == (estimate.status, estimate.overlap)
+
+
+def test_the_scale_takes_the_step_too(turned):
+    estimate = turned[3][1]
+    found = last_step(turned, replace(estimate, scale=1.01 * estimate.scale))
+    assert found.scale == pytest.approx(estimate.scale, rel=0.001)
+
+
+def test_a_mean_over_blocks_is_all_that_differs(turned):
+    """Covariances are symmetric and positive; noise makes both of about the same size."""
+    found = last_step(turned, turned[3][1])
+    for covariance in (found.covariance, found.covariance_by_blocks):
+        np.testing.assert_allclose(covariance, covariance.T, rtol=1e-9, atol=1e-20)
+        assert np.linalg.eigvalsh(covariance).min() > 0
+    ratio = np.trace(found.covariance_by_blocks[:3, :3]) / np.trace(found.covariance[:3, :3])
+    assert 0.2 < ratio < 20
+
+
+def test_noise_alone_gives_the_covariance_that_it_says(turned):
+    """Fresh noise on the still reference: steps spread as the covariance has it."""
+    _, volumes, reference, _ = turned
+    noise_sd, rng, steps, said = 10.0, np.random.default_rng(7), [], []
+    still = modelled.first_estimates(volumes[:1], AFFINE, reference)[0]
+    for _ in range(60):
+        noisy = volumes[0] + noise_sd * rng.normal(size=volumes[0].shape).astype(np.float32)
+        found = take_last_step(
+            modelled.moving_of(noisy, reference), AFFINE, reference, still, NO_MODEL
+        )
+        about = geometry.compose(
+            geometry.translation(-reference.centre_mm),
+            found.moving_from_reference,
+            geometry.translation(reference.centre_mm),
+        )
+        steps.append(phantom.numbers_of(about))
+        said.append(np.diag(found.covariance))
+    ratio = np.var(steps, axis=0) / np.mean(said, axis=0)
+    assert (ratio > 0.55).all() and (ratio < 1.7).all()  # 60 draws: 1 +- 0.18
+    assert 0.8 < ratio.mean() < 1.25
+
+
+@pytest.mark.parametrize("oblique_deg", [0.0, 20.0])
+def test_motion_in_the_plane_stays_there(head, oblique_deg):
+    """Of an oblique grid too: no source leaves its slice, and nothing is known beyond it."""
+    affine = phantom.grid_affine(SHAPE, SIZES_MM, oblique_deg=oblique_deg)
+    normal = affine[:3, 2] / SIZES_MM[2]
+    shift = affine[:3, 0] / SIZES_MM[0] * 0.8
+    motions = [np.eye(4), phantom.rigid(shift, (0.2, -0.3, 0.1))]
+    _, volumes = runs.head_run(head, motions, SHAPE, affine, seed=3)
+    acquisition = Acquisition(in_plane=True, ghost_axis=1)
+    reference = prepare_reference(volumes[0], affine, modelled.SETTINGS, acquisition)
+    estimates = modelled.first_estimates(volumes, affine, reference)
+    moving = modelled.moving_of(volumes[1], reference)
+    found = take_last_step(moving, affine, reference, estimates[1], NO_MODEL)
+    assert found is not estimates[1] and found.status == "ok"
+    to_voxel = geometry.inverse(affine) @ found.moving_from_reference @ affine
+    np.testing.assert_allclose(to_voxel[2], [0, 0, 1, 0], atol=1e-9)
+    sizes = np.linalg.eigvalsh(found.covariance * np.outer(WEIGHT, WEIGHT))
+    assert (sizes > 1e-3 * sizes.max()).sum() == 3
+    assert normal @ found.covariance[:3, :3] @ normal == pytest.approx(0, abs=1e-18)
+
+
+def test_lost_slices_pull_no_more(head):
+    """A volume with three of them is as near to the truth as without."""
+    motions = [np.eye(4), *phantom.drawn_poses("drift", 4, 1)]
+    run, volumes = runs.head_run(head, motions, SHAPE, AFFINE, seed=5)
+    reference = prepare_reference(volumes[0], AFFINE, modelled.SETTINGS)
+    lost = [v.copy() for v in volumes]
+    for volume in lost[1:]:
+        volume[[9, 17, 24]] *= 0.25
+    whole, cut = (
+        modelled.last_estimates(
+            v, AFFINE, reference, modelled.first_estimates(v, AFFINE, reference)
+        )
+        for v in (volumes, lost)
+    )
+    assert [e.n_lost_slices for e in cut] == [0, 3, 3, 3, 3]
+    assert {e.status for e in cut} == {"ok"}
+    assert errors_mm(run, cut).mean() < errors_mm(run, whole).mean() + 0.01
+    assert max(e.overlap for e in cut[1:]) < min(e.overlap for e in whole[1:])

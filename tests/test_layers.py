@@ -21,7 +21,7 @@ LAYERS = (
     ("last_step", "realigned"),
     ("confounds", "truth"),
     ("sidecars",),
-    ("collect", "report", "phantom", "apply"),
+    ("collect", "report", "phantom", "apply", "summary"),
     ("realign",),
     ("ranks", "warm", "progress"),
     ("config",),

@@ -17,10 +17,11 @@ import pytest
 
 import keepstill
 from keepstill import phantom
+from keepstill.confounds import FIT
 from keepstill.errors import InputError
 from keepstill.report import write_run_page, write_study_page
 from keepstill.report.render import number, size
-from keepstill.report.run_page import name_volumes
+from keepstill.report.run_page import ERROR_COLUMN, FIT_COLUMNS, name_volumes
 from keepstill.report.run_record import consecutive, flatten, read_confounds, read_run
 from keepstill.report.study_page import SPARK_HEIGHT, SPARK_POINTS, SPARK_WIDTH, sparkline
 from keepstill.settings import RealignSettings
@@ -53,7 +54,7 @@ def make_columns(n_volumes, step_mm, seed=0):
     columns["iterations"] = np.full(n_volumes, 4.0)
     columns["cost"] = np.full(n_volumes, 0.0123)
     columns["overlap"] = np.full(n_volumes, 0.97)
-    columns["expected_error_mm"] = np.full(n_volumes, 0.008)
+    columns["expected_error"] = np.full(n_volumes, 0.008)
     return columns
 
 
@@ -80,7 +81,7 @@ def make_run(output_dir, run="sub-01_task-rest", n_volumes=40, step_mm=0.02, **c
     status = ["reference"] + ["ok"] * (n_volumes - 1)
     for volume in failed:
         status[volume] = "failed"
-        for name in ("framewise_displacement", "rmsd", "dvars", "std_dvars", "expected_error_mm"):
+        for name in ("framewise_displacement", "rmsd", "dvars", "std_dvars", "expected_error"):
             if name in columns:
                 columns[name][volume] = np.nan
     table = f"{run.split('_')[0]}/func/{run}_desc-confounds_timeseries.tsv"
@@ -447,12 +448,16 @@ def test_a_missing_table_is_refused(tmp_path):
         write_run_page(manifest, tmp_path)
 
 
+def test_pages_look_for_columns_that_tables_have():
+    assert {*FIT_COLUMNS, ERROR_COLUMN} <= set(FIT)
+
+
 def test_an_optional_column_may_be_missing(tmp_path):
     columns = make_columns(10, 0.02)
-    del columns["expected_error_mm"]
+    del columns["expected_error"]
     write_table(tmp_path / "t.tsv", columns, ["ok"] * 10)
-    confounds = read_confounds(tmp_path / "t.tsv", ["dvars"], ["expected_error_mm"])
-    assert np.isnan(confounds.columns["expected_error_mm"]).all()
+    confounds = read_confounds(tmp_path / "t.tsv", ["dvars"], ["expected_error"])
+    assert np.isnan(confounds.columns["expected_error"]).all()
     assert np.isfinite(confounds.columns["dvars"]).sum() == 9
 
 

@@ -1,4 +1,4 @@
-"""The command line: realign, apply, plan, config, simulate, selftest, warm."""
+"""The command line: realign, apply, plan, config, summary, simulate, selftest, warm."""
 
 import argparse
 import contextlib
@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from keepstill import __version__
-from keepstill.errors import KeepstillError, LaunchError, SettingsError
+from keepstill.errors import KeepstillError, LaunchError, SettingsError, counted
 from keepstill.progress import VolumeProgress
 from keepstill.settings import FD_FILTERS, OUTSIDE, EstimateSettings, RealignSettings
 from keepstill.start import start_quickly
@@ -23,6 +24,17 @@ EPILOG = """\
 A run is realigned where this command runs: on all cores that the process may use, or on the ranks
 that a launcher starts (mpirun -n 8 keepstill realign ...). The outputs have the same bytes.
 """
+
+
+class Command(NamedTuple):
+    """A command: its name, what it runs, what fills its parser, and what --help says of it."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    about: str
+    description: str
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,59 +61,65 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="keepstill", description="Realign fMRI runs.")
     parser.add_argument("--version", action="version", version=f"keepstill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    realign = commands.add_parser(
-        "realign", help="realign one run", description="Realign one run.", epilog=EPILOG
-    )
-    _add_realign_arguments(realign)
-    realign.set_defaults(command=_realign)
-    apply = commands.add_parser(
-        "apply",
-        help="apply given transforms to one run",
-        description="Apply given transforms, one a volume, to one run in one interpolation: "
-        "those of another echo, of keepstill or of another tool, on the run's own grid, that of "
-        "another image, or one of other voxels.",
-    )
-    _add_apply_arguments(apply)
-    apply.set_defaults(command=_apply)
-    plan = commands.add_parser(
-        "plan",
-        help="say what of a study is to do and what it will take",
-        description="Say how many runs of a study are found, complete and to do, and what those "
-        "to do will take: GB of output, shared memory a lane, CPU minutes. Nothing is started. "
-        "The configuration is given as to keepstill config.",
-    )
-    _add_config_arguments(plan)
-    plan.set_defaults(command=_plan)
-    config = commands.add_parser(
-        "config",
-        help="print the configuration that a study would be realigned with",
-        description="Check a configuration and print it, complete and with absolute paths, as "
-        "YAML. The rules are those of snakemake --configfile FILE --config KEY=VALUE.",
-    )
-    _add_config_arguments(config)
-    config.set_defaults(command=_config)
-    simulate = commands.add_parser(
-        "simulate",
-        help="make a study of known motion",
-        description="Make a BIDS study of made-up heads, with the truth of their motion beside it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _add_simulate_arguments(simulate)
-    simulate.set_defaults(command=_simulate)
-    selftest = commands.add_parser(
-        "selftest",
-        help="realign a small simulated study and compare it with the truth",
-        description="Simulate a small study in the stage root, realign it through the workflow as "
-        "snakemake would, and say how far it is from the truth, how long it took, and where the "
-        "ranks ran. Exits with 1 if that is too far. Leaves nothing behind.",
-    )
-    _add_selftest_arguments(selftest)
-    selftest.set_defaults(command=_selftest)
-    warm = commands.add_parser(
-        "warm", help="compile the kernels, once", description="Compile the kernels, once."
-    )
-    warm.set_defaults(command=_warm)
+    for command in _commands():
+        added = commands.add_parser(
+            command.name, help=command.about, description=command.description, **command.options
+        )
+        command.add_arguments(added)
+        added.set_defaults(command=command.run)
     return parser
+
+
+def _commands() -> tuple[Command, ...]:
+    """All commands, in the order in which --help lists them."""
+    return (
+        Command(
+            *("realign", _realign, _add_realign_arguments, "realign one run"),
+            description="Realign one run.",
+            options={"epilog": EPILOG},
+        ),
+        Command(
+            *("apply", _apply, _add_apply_arguments, "apply given transforms to one run"),
+            "Apply given transforms, one a volume, to one run in one interpolation: those of "
+            "another echo, of keepstill or of another tool, on the run's own grid, that of "
+            "another image, or one of other voxels.",
+        ),
+        Command(
+            *("plan", _plan, _add_config_arguments),
+            "say what of a study is to do and what it will take",
+            "Say how many runs of a study are found, complete and to do, and what those to do "
+            "will take: GB of output, shared memory a lane, CPU minutes. Nothing is started. The "
+            "configuration is given as to keepstill config.",
+        ),
+        Command(
+            *("config", _config, _add_config_arguments),
+            "print the configuration that a study would be realigned with",
+            "Check a configuration and print it, complete and with absolute paths, as YAML. The "
+            "rules are those of snakemake --configfile FILE --config KEY=VALUE.",
+        ),
+        Command(
+            *("summary", _summary, _add_summary_arguments),
+            "make one table of all complete runs",
+            "Make a table of all complete runs of a derivative data set, a row a run: motion, "
+            "outliers, failed volumes, temporal signal-to-noise ratio before and after, error bar.",
+        ),
+        Command(
+            *("simulate", _simulate, _add_simulate_arguments, "make a study of known motion"),
+            "Make a BIDS study of made-up heads, with the truth of their motion beside it.",
+            {"formatter_class": argparse.ArgumentDefaultsHelpFormatter},
+        ),
+        Command(
+            *("selftest", _selftest, _add_selftest_arguments),
+            "realign a small simulated study and compare it with the truth",
+            "Simulate a small study in the stage root, realign it through the workflow as "
+            "snakemake would, and say how far it is from the truth, how long it took, and where "
+            "the ranks ran. Exits with 1 if that is too far. Leaves nothing behind.",
+        ),
+        Command(
+            *("warm", _warm, lambda parser: None, "compile the kernels, once"),
+            "Compile the kernels, once.",
+        ),
+    )
 
 
 def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
@@ -302,6 +320,19 @@ def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_summary_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "derivatives", type=Path, metavar="DERIVATIVES", help="an output_dir of keepstill"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the table, .tsv; a JSON beside it says what its columns are "
+        "(default: summary.tsv in DERIVATIVES)",
+    )
+
+
 def _dummy_scans(text: str) -> str | int:
     return text if text == "auto" else int(text)
 
@@ -461,6 +492,19 @@ def _config(args: argparse.Namespace) -> int:
     config = effective_config(*_given_config(args))
     settings_of(config)  # refuses a reference that is not there
     print(config_text(config), end="")
+    return 0
+
+
+def _summary(args: argparse.Namespace) -> int:
+    """Write the table of a study's runs and say where it is."""
+    from keepstill.summary import TABLE, summarise, write_summary
+
+    path = args.out or args.derivatives / TABLE
+    if path.suffix != ".tsv":
+        raise SettingsError(f"--out: {path} found; needs the name of a .tsv file")
+    table = summarise(args.derivatives)
+    write_summary(table, path)
+    print(f"{counted(len(table['name']), 'run')} in {path}")
     return 0
 
 

@@ -231,6 +231,7 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
         "mean_fd_mm": _mean(fd_mm),
         "max_fd_mm": _number(np.nanmax(fd_mm)) if np.isfinite(fd_mm).any() else None,
         "mean_fd_filtered_mm": _mean(table[FILTERED]) if FILTERED in table else None,
+        "median_expected_error_mm": _median_error_mm(result),
         "n_outliers": int(np.sum(flagged * ~result.failed)),
         "n_failed": int(failed.size),
         "failed_volumes": failed.tolist(),
@@ -243,6 +244,13 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
         "variance_before": _number(before[1]) if before else None,
         "variance_after": _number(after[1]) if after else None,
     }
+
+
+def _median_error_mm(result: Realigned) -> float | None:
+    """Median over the volumes that were realigned to another, the reference left out."""
+    errors_mm = result.per_volume["expected_error"][result.per_volume["status"] == "ok"]
+    known = errors_mm[np.isfinite(errors_mm)]
+    return _number(np.median(known)) if known.size else None
 
 
 def _number(value: float) -> float:

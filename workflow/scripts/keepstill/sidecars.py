@@ -27,6 +27,7 @@ BIDSIGNORE = (
     "*_boldref.*",
     "*_timeseries.*",
     "*_boldmap.*",
+    "summary.*",
 )
 README = """\
 BOLD runs, realigned by keepstill. Beside each run:

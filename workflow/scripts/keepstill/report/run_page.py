@@ -23,7 +23,7 @@ from keepstill.report.run_record import (
 from keepstill.settings import RealignSettings
 
 FIT_COLUMNS = ("iterations", "cost", "overlap")
-ERROR_COLUMN = "expected_error_mm"
+ERROR_COLUMN = "expected_error"
 
 
 def write_run_page(manifest: Path, output_dir: Path, truth: Path | None = None) -> None:

@@ -12,8 +12,9 @@ from keepstill.last_step import residuals_of, take_last_step, to_moving_voxel
 from keepstill.lost_slices import filled, find_lost_slices, slice_means
 from keepstill.moving import Coefficients, prepare_moving
 from keepstill.ranks import share
-from keepstill.run_model import NO_MODEL, Team, fit_run_model, fitted_to
+from keepstill.run_model import NO_MODEL, fit_run_model, fitted_to
 from keepstill.settings import EstimateSettings
+from keepstill.team import Team
 
 SETTINGS = EstimateSettings()
 
@@ -38,7 +39,7 @@ def fitted_of(volumes, affine, reference, estimates):
     for volume, estimate in zip(volumes, estimates, strict=True):
         to_moving = to_moving_voxel(estimate, affine, reference)
         moving = moving_of(volume, reference)
-        found = residuals_of(moving, to_moving, reference, estimate.scale)
+        found = residuals_of(moving, to_moving, reference.last, estimate.scale)
         residuals.append(found[0])
         spans.append(found[1])
         maps.append(to_moving)

@@ -266,6 +266,12 @@ def take_off_aliasing(residuals, points, spans, to_moving, fields):
     return out
 
 
+def take_off_columns(residuals, points, spans, columns, factors):
+    """Residuals without a sum of columns, inside the spans."""
+    inside = is_in_span(points, spans)
+    return residuals - np.where(inside, np.asarray(factors) @ columns, 0)
+
+
 def take_off_parabolas(residuals, points, spans, parabola):
     """Residuals without the reference times p' parabola p, inside the spans."""
     out, inside = residuals.astype(float), is_in_span(points, spans)

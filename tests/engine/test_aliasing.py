@@ -65,9 +65,8 @@ def factors(block, places):
     return out
 
 
-def test_wave_table(fitted):
-    for to_moving in fitted.maps:
-        found = aliasing.wave_table(to_moving, 70)
+def test_wave_tables(fitted):
+    for to_moving, found in zip(fitted.maps, aliasing.wave_tables(fitted.maps, 70), strict=True):
         turned = 2 * np.pi * to_moving[:, :1] * np.arange(70)
         np.testing.assert_allclose(found[::2], np.cos(turned), atol=1e-6)
         np.testing.assert_allclose(found[1::2], np.sin(turned), atol=1e-6)
@@ -78,7 +77,7 @@ def test_fill_waves(points, fitted):
     for shift, to_moving in enumerate(fitted.maps):
         far = to_moving + [[0, 0, 0, 1000.0 * shift]] * 3
         row = points.rows[shift]
-        table = aliasing.wave_table(far, 70)
+        table = aliasing.wave_tables(far[None], 70)[0]
         found = np.full((aliasing.N_FIELDS - 1, 70), np.nan, np.float32)
         phases = aliasing.row_phases(far, points.rows)[shift]
         aliasing.fill_waves(found, table, phases, row[3])
@@ -134,4 +133,16 @@ def test_take_off_parabolas(points, fitted, symmetric):
     aliasing.take_off_parabolas(found, points, spans, parabola)
     expected = naive.take_off_parabolas(residuals, points, spans, parabola)
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+    assert (found[~naive.is_in_span(points, spans)] == 0).all()
+
+
+def test_take_off_columns(points, fitted):
+    rng = np.random.default_rng(6)
+    columns = rng.normal(size=(3, points.values.size)).astype(np.float32)
+    factors = rng.normal(size=3).astype(np.float32)
+    residuals, spans = fitted.residuals[fitted.slots[0]], fitted.spans[0]
+    found = residuals.copy()
+    aliasing.take_off_columns(found, points, spans, columns, factors)
+    expected = naive.take_off_columns(residuals, points, spans, columns, factors)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
     assert (found[~naive.is_in_span(points, spans)] == 0).all()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from keepstill.error_bars import (
+    displacement_form,
     expected_errors_mm,
     mean_square_mm2,
     with_error_bars,
@@ -18,6 +19,10 @@ PROBABILITY = 0.68
 UNKNOWN = np.full((6, 6), np.nan)
 
 
+# Of a ball about the centre: a turn w moves its points by w^2 2/5 R^2 on average.
+FORM = np.diag([1.0] * 3 + [0.4 * RADIUS_MM**2] * 3)
+
+
 def covariance_of(seed, n_directions=6, size_mm=0.01):
     """A covariance of shifts (mm) and turns (rad), of less than full rank if asked for."""
     factor = np.random.default_rng(seed).normal(size=(6, n_directions)) * size_mm
@@ -26,7 +31,9 @@ def covariance_of(seed, n_directions=6, size_mm=0.01):
 
 
 def estimate_with(noise, by_blocks):
-    return Estimate(np.eye(4), "ok", 3, 0.01, 1.0, 1.0, 0, noise, by_blocks)
+    return Estimate(
+        np.eye(4), "ok", 3, 0.01, 1.0, 1.0, covariance=noise, covariance_by_blocks=by_blocks
+    )
 
 
 def drawn(covariance, n=200_000):
@@ -34,9 +41,8 @@ def drawn(covariance, n=200_000):
 
 
 def displacement_mm(errors):
-    """Rms over a ball about the centre: a turn w moves its points by w^2 2/5 R^2 on average."""
-    shifts, turns = errors[:, :3], errors[:, 3:]
-    return np.sqrt((shifts**2).sum(axis=1) + 0.4 * RADIUS_MM**2 * (turns**2).sum(axis=1))
+    """Rms over the ball."""
+    return np.sqrt(np.einsum("ta,ab,tb->t", errors, FORM, errors))
 
 
 def test_mean_square_over_a_ball():
@@ -49,45 +55,55 @@ def test_mean_square_over_a_ball():
     assert mean_square_mm2(covariance) == pytest.approx((moved**2).sum(axis=1).mean(), rel=0.03)
 
 
+def test_displacement_form():
+    """Of points anywhere, moved one by one."""
+    rng = np.random.default_rng(3)
+    points, motions = rng.normal(size=(50, 3)) * 40 + 5, rng.normal(size=(20, 6))
+    form = displacement_form(points)
+    for motion in motions:
+        moved = motion[:3] + np.cross(motion[3:], points)
+        assert motion @ form @ motion == pytest.approx((moved**2).sum(axis=1).mean())
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("n_directions", [1, 2, 3, 6])
 def test_quantile_of_drawn_errors(seed, n_directions):
     """Wilson & Hilferty's is right to 3% whatever the directions; those of a single one too."""
     covariance = covariance_of(seed, n_directions)
     expected = np.quantile(displacement_mm(drawn(covariance)), PROBABILITY)
-    found = expected_errors_mm(covariance[None], None)
+    found = expected_errors_mm(covariance[None], FORM, None)
     np.testing.assert_allclose(found, [expected], rtol=0.03)
 
 
 def test_the_error_of_the_reference_is_everybody_s():
     covariances = np.array([covariance_of(seed) for seed in range(3)])
-    found = expected_errors_mm(covariances, 1)
+    found = expected_errors_mm(covariances, FORM, 1)
     assert found[1] == 0
     for t in (0, 2):
         both = displacement_mm(drawn(covariances[t] + covariances[1]))
         assert found[t] == pytest.approx(np.quantile(both, PROBABILITY), rel=0.02)
-    assert (found[[0, 2]] > expected_errors_mm(covariances, None)[[0, 2]]).all()
+    assert (found[[0, 2]] > expected_errors_mm(covariances, FORM, None)[[0, 2]]).all()
 
 
 def test_what_is_not_known_stays_so():
     covariances = np.array([covariance_of(1), UNKNOWN, covariance_of(2)])
-    assert np.isnan(expected_errors_mm(covariances, 0)).tolist() == [False, True, False]
-    assert np.isnan(expected_errors_mm(covariances, 1)).tolist() == [True, False, True]
-    assert np.isnan(expected_errors_mm(covariances, None)).tolist() == [False, True, False]
+    assert np.isnan(expected_errors_mm(covariances, FORM, 0)).tolist() == [False, True, False]
+    assert np.isnan(expected_errors_mm(covariances, FORM, 1)).tolist() == [True, False, True]
+    assert np.isnan(expected_errors_mm(covariances, FORM, None)).tolist() == [False, True, False]
 
 
 def test_no_noise_no_error():
     """A run that repeats its reference leaves no residual."""
     nothing = np.zeros((3, 6, 6))
-    assert (expected_errors_mm(nothing, 0) == 0).all()
-    assert (expected_errors_mm(nothing, None) == 0).all()
+    assert (expected_errors_mm(nothing, FORM, 0) == 0).all()
+    assert (expected_errors_mm(nothing, FORM, None) == 0).all()
     estimate = estimate_with(nothing[0], nothing[0])
     assert (with_error_bars({0: estimate})[0].covariance == 0).all()
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(3.0, 3.0), (0.5, 1.0), (1e6, 100.0)])
+@pytest.mark.parametrize(("factor", "expected"), [(3.0, 3.6), (0.5, 1.2), (1e6, 100.0)])
 def test_blocks_count_as_a_mean_over_the_run(factor, expected):
-    """Half of the blocks' factor is in each second volume; noise is the least there is."""
+    """Half of the blocks' factor is in each second volume; there is no less than 1.2 x noise."""
     estimates = {}
     for t, part in enumerate((0.5, 1.5, 0.5, 1.5)):
         noise = covariance_of(t // 2)
@@ -98,6 +114,18 @@ def test_blocks_count_as_a_mean_over_the_run(factor, expected):
     for t in range(4):
         np.testing.assert_allclose(found[t].covariance, estimates[t].covariance * expected)
     assert np.isnan(found[4].covariance).all()
+
+
+def test_what_the_last_steps_moved_counts():
+    """About their mean: an offset of all volumes is the reference's."""
+    still = {t: estimate_with(covariance_of(1), covariance_of(1)) for t in range(4)}
+    moved = {t: replace(e, last_step=np.full(6, 7.0)) for t, e in still.items()}
+    for t, sign in enumerate((1, -1, 1, -1)):
+        step = np.array([0.03 * sign, 0, 0, 0, 0, 0.0])
+        moved[t] = replace(moved[t], last_step=moved[t].last_step + step)
+    noise = mean_square_mm2(covariance_of(1))
+    found = with_error_bars(moved)[0].covariance / with_error_bars(still)[0].covariance
+    np.testing.assert_allclose(found, 1 + 0.12 * 0.03**2 / noise / 1.2)
 
 
 def test_noise_that_the_model_explains():

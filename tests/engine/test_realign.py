@@ -154,7 +154,7 @@ def test_a_reference_with_another_grid(made, models, tmp_path, factor, reslice):
     nib.save(nib.Nifti1Image(volume.astype(np.float32), affine), path)
     motion = realigned(source, tmp_path / "stage", reference=str(path), reslice=reslice)
     (model, reference, own_grid) = models[0]
-    assert len(models) == 1 and not own_grid and not model.shading.any()
+    assert len(models) == 1 and not own_grid and not model.effects.shading.any()
     assert not reference.last.points.jacobian[-1].any()
     assert motion["status"].tolist() == ["ok"] * N_VOLUMES
     assert motion["n_lost_slices"].sum() == len(LOST_SLICES)
@@ -200,7 +200,7 @@ def test_volumes_that_a_model_is_learnt_from(made, tmp_path):
     estimates = [replace(good, status="reference", cost=0.0)] + [good] * (N_VOLUMES - 1)
     assert model_volumes(task, estimates) == list(range(N_VOLUMES))
     estimates[2] = replace(good, status="failed", cost=np.nan)
-    estimates[3] = replace(good, n_lost_slices=1)
+    estimates[3] = replace(good, lost_slices=(1,))
     estimates[4] = replace(good, cost=0.016)
     assert model_volumes(task, estimates) == [0, 1, *range(5, N_VOLUMES)]
     few = RealignSettings(estimate=EstimateSettings(model_volumes=12))

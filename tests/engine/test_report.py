@@ -17,11 +17,10 @@ import pytest
 
 import keepstill
 from keepstill import phantom
-from keepstill.confounds import FIT
 from keepstill.errors import InputError
 from keepstill.report import write_run_page, write_study_page
 from keepstill.report.render import number, size
-from keepstill.report.run_page import ERROR_COLUMN, FIT_COLUMNS, name_volumes
+from keepstill.report.run_page import name_volumes
 from keepstill.report.run_record import consecutive, flatten, read_confounds, read_run
 from keepstill.report.study_page import SPARK_HEIGHT, SPARK_POINTS, SPARK_WIDTH, sparkline
 from keepstill.settings import RealignSettings
@@ -446,10 +445,6 @@ def test_a_missing_table_is_refused(tmp_path):
     Path(tmp_path / read_run(manifest).confounds).unlink()
     with pytest.raises(InputError, match="missing; realign the run again"):
         write_run_page(manifest, tmp_path)
-
-
-def test_pages_look_for_columns_that_tables_have():
-    assert {*FIT_COLUMNS, ERROR_COLUMN} <= set(FIT)
 
 
 def test_an_optional_column_may_be_missing(tmp_path):

@@ -6,17 +6,19 @@ import pytest
 import modelled
 import naive
 import runs
-from keepstill import geometry, phantom
+from keepstill import geometry, phantom, run_model
 from keepstill.estimate import allowed_step
-from keepstill.kernels.aliasing import take_off_aliasing, take_off_parabolas
+from keepstill.kernels.aliasing import take_off_aliasing
 from keepstill.kernels.sums import outside_normal
 from keepstill.reference import Acquisition, prepare_reference
-from keepstill.run_model import NO_MODEL, RunModel, change_of, fitted_to
+from keepstill.run_model import NO_MODEL, RunModel, fitted_to
+from keepstill.scanner_effects import ScannerEffects, change_of
 
 SHAPE, SIZES_MM = (32, 36, 24), (6.0, 6.0, 6.0)
 N_VOLUMES = 48
 NOISE, STRENGTH = 2.0, 20.0
 # Steps weigh as they move a head.
+RIDGE = run_model._RIDGE
 WEIGHT = np.array([1.0] * 3 + [65.0] * 3)
 UNIT_MM = 80.0
 
@@ -65,11 +67,17 @@ def made_of(model, reference, maps, spans, steps):
     for values, to_moving, of_volume in zip(residuals, maps, spans, strict=True):
         if model.fields is not None:
             take_off_aliasing(values, points, of_volume, to_moving[:3], -model.fields)
-        parabola = change_of(model.shading, to_moving)
-        take_off_parabolas(values, points, of_volume, -parabola)
+        effects = ScannerEffects(-model.effects.shading, -model.effects.ghost)
+        effects.take_off(values, reference, of_volume, to_moving)
         values[~naive.is_in_span(points, of_volume)] = 0
     residuals.setflags(write=False)
     return fitted_to(reference, residuals, range(len(maps)), spans, maps)
+
+
+def naive_voxels(rows):
+    """Indices z, y, x of the points of rows."""
+    points = [(z, y, x + i) for y, z, x, n, _ in rows for i in range(n)]
+    return np.array(points).T
 
 
 def steps_after(model, reference, fitted, maps):
@@ -77,7 +85,7 @@ def steps_after(model, reference, fitted, maps):
     left, found, last = [], [], reference.last
     for residuals, spans, to_moving in zip(fitted.residuals, fitted.spans, maps, strict=True):
         values = residuals.copy()
-        model.take_off(values, last.points, spans, to_moving)
+        model.take_off(values, reference, spans, to_moving)
         normal = last.normal - outside_normal(last.points, spans)
         right = last.points.test_jacobian.astype(float) @ values.astype(float)
         found.append(allowed_step(normal, right, reference.basis)[0][:, 0])
@@ -94,9 +102,9 @@ def test_fields_that_a_run_is_made_of(reference, maps, spans, steps):
     n = reference.last.points.values.size
     fields = (STRENGTH * np.random.default_rng(4).normal(size=(7, n))).astype(np.float32)
     fields[0] = 0
-    fitted = made_of(RunModel(fields, np.zeros((4, 4))), reference, maps, spans, steps)
+    fitted = made_of(RunModel(fields), reference, maps, spans, steps)
     model = modelled.model_of(reference, fitted)
-    assert not model.shading.any()
+    assert not model.effects.shading.any()
     error = np.sqrt(np.square(model.fields - fields).mean(axis=1))
     assert error.max() < 0.07 * STRENGTH
     left, found = steps_after(model, reference, fitted, maps)
@@ -106,11 +114,34 @@ def test_fields_that_a_run_is_made_of(reference, maps, spans, steps):
     assert size_mm(astray - steps) > 0.7 * size_mm(steps)
 
 
+@pytest.mark.parametrize("strength", [0.03, -0.01, 0.0])
+def test_ghost_that_stays_with_the_scanner(reference, maps, spans, steps, strength):
+    """To a tenth of a percent of the image; shading is not made of it."""
+    made = RunModel(None, ScannerEffects(np.zeros((4, 4)), strength))
+    found = modelled.model_of(reference, made_of(made, reference, maps, spans, steps)).effects
+    assert found.ghost == pytest.approx(strength, abs=0.001)
+    assert not found.shading.any()
+
+
+def test_a_ghost_turns_about_its_own_place(reference, maps):
+    """What the slopes say is what the image half a field of view away does, on both halves."""
+    to_moving = maps[1]
+    half = np.array([0.0, SHAPE[1] // 2, 0.0])
+    rows = reference.last.points.rows
+    z, y, x = naive_voxels(rows)
+    moved = half - np.linalg.inv(to_moving[:3, :3]) @ half
+    slopes = moved @ reference.ghost_slopes
+    image = np.roll(reference.volume, SHAPE[1] // 2, axis=1)
+    gradient = np.array([np.gradient(image, axis=a)[z, y, x] for a in (2, 1, 0)])
+    sign = np.where(y >= SHAPE[1] // 2, 1, -1)
+    np.testing.assert_allclose(slopes, sign * (moved @ gradient), rtol=1e-4, atol=1e-3)
+
+
 def test_nothing_but_noise_is_a_weak_model(reference, maps, spans, steps):
     """Fields as strong as seven numbers make them of noise; the steps are none the worse."""
     fitted = made_of(NO_MODEL, reference, maps, spans, steps)
     model = modelled.model_of(reference, fitted)
-    assert not model.shading.any()
+    assert not model.effects.shading.any()
     assert np.sqrt(np.square(model.fields).mean()) < 3 * NOISE / np.sqrt(N_VOLUMES)
     left, found = steps_after(model, reference, fitted, maps)
     assert size_mm(found - steps) < 0.1 * size_mm(steps)
@@ -129,10 +160,10 @@ def test_freedom_of_fields(reference, maps, spans, steps, n_volumes):
         fitted = made_of(NO_MODEL, reference, moving, spans[:n_volumes], steps[:n_volumes])
         some = points._replace(rows=points.rows[::40])
         of_some = fitted._replace(spans=fitted.spans[:, ::40])
-        normals = naive.normals_of_fields(some, of_some, 1.0)
-        freedom = 7 - np.mean([np.trace(np.linalg.inv(a)[1:, 1:]) for a in normals])
+        normals = naive.normals_of_fields(some, of_some, RIDGE)
+        held = np.mean([RIDGE * np.trace(np.linalg.inv(a)[1:, 1:]) for a in normals])
         found = modelled.model_of(reference, fitted).explained * n_volumes
-        assert found == pytest.approx(freedom, abs=0.1)
+        assert found == pytest.approx(7 - held, abs=0.1)
     assert found < 3
 
 
@@ -157,9 +188,9 @@ def over_the_head(form, reference):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_shading_that_a_run_is_made_of(reference, maps, spans, steps, seed):
     shading = shading_of(0.15, reference, seed)
-    fitted = made_of(RunModel(None, shading), reference, maps, spans, steps)
+    fitted = made_of(RunModel(None, ScannerEffects(shading)), reference, maps, spans, steps)
     model = modelled.model_of(reference, fitted)
-    expected, found = (over_the_head(form, reference) for form in (shading, model.shading))
+    expected, found = (over_the_head(form, reference) for form in (shading, model.effects.shading))
     assert expected.std() > 0.1
     assert (found - expected).std() < 0.1 * expected.std()
     _, after = steps_after(model, reference, fitted, maps)
@@ -171,23 +202,23 @@ def test_shading_along_any_axis(reference, maps, spans, steps, axis):
     """Rows of points run along x: a shading along them counts as one across them does."""
     shading = np.zeros((4, 4))
     shading[axis, 3] = shading[3, axis] = 0.5 * 0.3 * SIZES_MM[axis] / UNIT_MM
-    fitted = made_of(RunModel(None, shading), reference, maps, spans, steps)
+    fitted = made_of(RunModel(None, ScannerEffects(shading)), reference, maps, spans, steps)
     model = modelled.model_of(reference, fitted)
-    expected, found = (over_the_head(form, reference) for form in (shading, model.shading))
+    expected, found = (over_the_head(form, reference) for form in (shading, model.effects.shading))
     assert (found - expected).std() < 0.1 * expected.std()
 
 
 def test_a_tiny_shading_is_not_believed(reference, maps, spans, steps):
     shading = shading_of(0.02, reference, 1)
     assert 0.005 < over_the_head(shading, reference).std() < 0.035
-    fitted = made_of(RunModel(None, shading), reference, maps, spans, steps)
-    assert not modelled.model_of(reference, fitted).shading.any()
+    fitted = made_of(RunModel(None, ScannerEffects(shading)), reference, maps, spans, steps)
+    assert not modelled.model_of(reference, fitted).effects.shading.any()
 
 
 def test_shading_needs_a_reference_that_lay_in_the_scanner(reference, maps, spans, steps):
     shading = shading_of(0.15, reference, 1)
-    fitted = made_of(RunModel(None, shading), reference, maps, spans, steps)
-    assert not modelled.model_of(reference, fitted, own_grid=False).shading.any()
+    fitted = made_of(RunModel(None, ScannerEffects(shading)), reference, maps, spans, steps)
+    assert not modelled.model_of(reference, fitted, own_grid=False).effects.shading.any()
 
 
 def test_shading_needs_points_that_all_see(reference, maps, spans, steps):
@@ -195,9 +226,9 @@ def test_shading_needs_points_that_all_see(reference, maps, spans, steps):
     halves = spans.copy()
     middle = spans[::2].sum(axis=2) // 2
     halves[::2, :, 1], halves[1::2, :, 0] = middle, spans[1::2].sum(axis=2) // 2
-    fitted = made_of(RunModel(None, shading), reference, maps, halves, steps)
+    fitted = made_of(RunModel(None, ScannerEffects(shading)), reference, maps, halves, steps)
     model = modelled.model_of(reference, fitted)
-    assert not model.shading.any() and np.isfinite(model.fields).all()
+    assert not model.effects.shading.any() and np.isfinite(model.fields).all()
 
 
 def test_a_ghost_that_no_point_shows_makes_no_shading(reference, maps, spans, steps):
@@ -208,10 +239,10 @@ def test_a_ghost_that_no_point_shows_makes_no_shading(reference, maps, spans, st
     whole = np.zeros((N_VOLUMES, len(rows), 2), np.int64)
     whole[:, :, 1] = rows[:, 3]
     fitted = made_of(NO_MODEL, black, maps, whole, steps)
-    assert not modelled.model_of(black, fitted).shading.any()
+    assert not modelled.model_of(black, fitted).effects.shading.any()
     shading = shading_of(0.15, black, 2)
-    fitted = made_of(RunModel(None, shading), black, maps, whole, steps)
-    found = over_the_head(modelled.model_of(black, fitted).shading, black)
+    fitted = made_of(RunModel(None, ScannerEffects(shading)), black, maps, whole, steps)
+    found = over_the_head(modelled.model_of(black, fitted).effects.shading, black)
     expected = over_the_head(shading, black)
     assert (found - expected).std() < 0.15 * expected.std()
 
@@ -221,7 +252,7 @@ def both(reference, maps, spans, steps):
     """Residuals with fields and shading, and the model of one rank with one thread."""
     n = reference.last.points.values.size
     fields = np.random.default_rng(4).normal(size=(7, n)).astype(np.float32)
-    model = RunModel(fields, shading_of(0.15, reference, 2))
+    model = RunModel(fields, ScannerEffects(shading_of(0.15, reference, 2)))
     fitted = made_of(model, reference, maps, spans, steps)
     return fitted, modelled.model_of(reference, fitted)
 
@@ -230,16 +261,16 @@ def both(reference, maps, spans, steps):
 def test_the_same_bytes_for_any_number_of_ranks_and_threads(reference, both, n_ranks, n_threads):
     """On each rank; of twenty ranks some have no block."""
     fitted, expected = both
-    assert expected.shading.any() and len(reference.blocks) - 1 < 20
+    assert expected.effects.shading.any() and len(reference.blocks) - 1 < 20
     for model in modelled.models_of_ranks(reference, fitted, n_ranks, n_threads):
         assert model.fields.tobytes() == expected.fields.tobytes()
-        assert model.shading.tobytes() == expected.shading.tobytes()
+        assert model.effects.shading.tobytes() == expected.effects.shading.tobytes()
 
 
 def test_no_model_takes_nothing_off(reference, both, maps):
     fitted, _ = both
     values = fitted.residuals[0].copy()
-    NO_MODEL.take_off(values, reference.last.points, fitted.spans[0], maps[0])
+    NO_MODEL.take_off(values, reference, fitted.spans[0], maps[0])
     np.testing.assert_array_equal(values, fitted.residuals[0])
 
 

@@ -61,65 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="keepstill", description="Realign fMRI runs.")
     parser.add_argument("--version", action="version", version=f"keepstill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in _commands():
+    for command in COMMANDS:
         added = commands.add_parser(
             command.name, help=command.about, description=command.description, **command.options
         )
         command.add_arguments(added)
         added.set_defaults(command=command.run)
     return parser
-
-
-def _commands() -> tuple[Command, ...]:
-    """All commands, in the order in which --help lists them."""
-    return (
-        Command(
-            *("realign", _realign, _add_realign_arguments, "realign one run"),
-            description="Realign one run.",
-            options={"epilog": EPILOG},
-        ),
-        Command(
-            *("apply", _apply, _add_apply_arguments, "apply given transforms to one run"),
-            "Apply given transforms, one a volume, to one run in one interpolation: those of "
-            "another echo, of keepstill or of another tool, on the run's own grid, that of "
-            "another image, or one of other voxels.",
-        ),
-        Command(
-            *("plan", _plan, _add_config_arguments),
-            "say what of a study is to do and what it will take",
-            "Say how many runs of a study are found, complete and to do, and what those to do "
-            "will take: GB of output, shared memory a lane, CPU minutes. Nothing is started. The "
-            "configuration is given as to keepstill config.",
-        ),
-        Command(
-            *("config", _config, _add_config_arguments),
-            "print the configuration that a study would be realigned with",
-            "Check a configuration and print it, complete and with absolute paths, as YAML. The "
-            "rules are those of snakemake --configfile FILE --config KEY=VALUE.",
-        ),
-        Command(
-            *("summary", _summary, _add_summary_arguments),
-            "make one table of all complete runs",
-            "Make a table of all complete runs of a derivative data set, a row a run: motion, "
-            "outliers, failed volumes, temporal signal-to-noise ratio before and after, error bar.",
-        ),
-        Command(
-            *("simulate", _simulate, _add_simulate_arguments, "make a study of known motion"),
-            "Make a BIDS study of made-up heads, with the truth of their motion beside it.",
-            {"formatter_class": argparse.ArgumentDefaultsHelpFormatter},
-        ),
-        Command(
-            *("selftest", _selftest, _add_selftest_arguments),
-            "realign a small simulated study and compare it with the truth",
-            "Simulate a small study in the stage root, realign it through the workflow as "
-            "snakemake would, and say how far it is from the truth, how long it took, and where "
-            "the ranks ran. Exits with 1 if that is too far. Leaves nothing behind.",
-        ),
-        Command(
-            *("warm", _warm, lambda parser: None, "compile the kernels, once"),
-            "Compile the kernels, once.",
-        ),
-    )
 
 
 def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
@@ -550,6 +498,56 @@ def _warm(args: argparse.Namespace) -> int:
     warm_kernels()
     return 0
 
+
+# In the order in which --help lists them.
+COMMANDS = (
+    Command(
+        *("realign", _realign, _add_realign_arguments, "realign one run"),
+        description="Realign one run.",
+        options={"epilog": EPILOG},
+    ),
+    Command(
+        *("apply", _apply, _add_apply_arguments, "apply given transforms to one run"),
+        "Apply given transforms, one a volume, to one run in one interpolation: those of "
+        "another echo, of keepstill or of another tool, on the run's own grid, that of "
+        "another image, or one of other voxels.",
+    ),
+    Command(
+        *("plan", _plan, _add_config_arguments),
+        "say what of a study is to do and what it will take",
+        "Say how many runs of a study are found, complete and to do, and what those to do "
+        "will take: GB of output, shared memory a lane, CPU minutes. Nothing is started. The "
+        "configuration is given as to keepstill config.",
+    ),
+    Command(
+        *("config", _config, _add_config_arguments),
+        "print the configuration that a study would be realigned with",
+        "Check a configuration and print it, complete and with absolute paths, as YAML. The "
+        "rules are those of snakemake --configfile FILE --config KEY=VALUE.",
+    ),
+    Command(
+        *("summary", _summary, _add_summary_arguments),
+        "make one table of all complete runs",
+        "Make a table of all complete runs of a derivative data set, a row a run: motion, "
+        "outliers, failed volumes, temporal signal-to-noise ratio before and after, error bar.",
+    ),
+    Command(
+        *("simulate", _simulate, _add_simulate_arguments, "make a study of known motion"),
+        "Make a BIDS study of made-up heads, with the truth of their motion beside it.",
+        {"formatter_class": argparse.ArgumentDefaultsHelpFormatter},
+    ),
+    Command(
+        *("selftest", _selftest, _add_selftest_arguments),
+        "realign a small simulated study and compare it with the truth",
+        "Simulate a small study in the stage root, realign it through the workflow as "
+        "snakemake would, and say how far it is from the truth, how long it took, and where "
+        "the ranks ran. Exits with 1 if that is too far. Leaves nothing behind.",
+    ),
+    Command(
+        *("warm", _warm, lambda parser: None, "compile the kernels, once"),
+        "Compile the kernels, once.",
+    ),
+)
 
 if __name__ == "__main__":
     main()

@@ -191,7 +191,7 @@ def _find(result: Realigned) -> Findings:
         after = temporal_moments(lambda t: resliced[t], chosen)
         good = np.flatnonzero(~result.failed)
         series = figures.series_figures(resliced, good, brain & covered)
-    return Findings(brain, covered, before, after, make_confounds(result, series))
+    return Findings(brain, covered, before, after, make_confounds(result, series, brain))
 
 
 def _compared(result: Realigned) -> NDArray[np.intp]:
@@ -231,7 +231,7 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
         "mean_fd_mm": _mean(fd_mm),
         "max_fd_mm": _number(np.nanmax(fd_mm)) if np.isfinite(fd_mm).any() else None,
         "mean_fd_filtered_mm": _mean(table[FILTERED]) if FILTERED in table else None,
-        "median_expected_error_mm": _median_error_mm(result),
+        "median_expected_error_mm": _median_error_mm(table),
         "n_outliers": int(np.sum(flagged * ~result.failed)),
         "n_failed": int(failed.size),
         "failed_volumes": failed.tolist(),
@@ -246,9 +246,9 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
     }
 
 
-def _median_error_mm(result: Realigned) -> float | None:
+def _median_error_mm(table: Columns) -> float | None:
     """Median over the volumes that were realigned to another, the reference left out."""
-    errors_mm = result.per_volume["expected_error"][result.per_volume["status"] == "ok"]
+    errors_mm = table["expected_error"][table["status"] == "ok"]
     known = errors_mm[np.isfinite(errors_mm)]
     return _number(np.median(known)) if known.size else None
 

@@ -8,20 +8,23 @@ from numpy.typing import NDArray
 
 from keepstill import figures, geometry
 from keepstill.breathing import without_breathing
+from keepstill.error_bars import displacement_form, expected_errors_mm
 from keepstill.realigned import Realigned
 from keepstill.settings import RealignSettings
 
 Columns = dict[str, NDArray[Any]]
 
 MOTION = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
-FIT = ("status", "iterations", "cost", "overlap", "scale", "n_lost_slices", "expected_error")
+FIT = ("status", "iterations", "cost", "overlap", "scale", "n_lost_slices")
 # fMRIPrep's names for what is derived from each of the six, and its order.
 EXPANSIONS = ("derivative1", "power2", "derivative1_power2")
 FILTERED = "framewise_displacement_filtered"
 NON_STEADY, OUTLIER = "non_steady_state_outlier", "motion_outlier"
 
 
-def make_confounds(result: Realigned, series: figures.SeriesFigures | None) -> Columns:
+def make_confounds(
+    result: Realigned, series: figures.SeriesFigures | None, brain: NDArray[np.bool_]
+) -> Columns:
     """Columns of the table, in their fixed order, a row a volume.
 
     The six motion numbers, framewise displacement, rmsd, DVARS, framewise displacement without
@@ -34,6 +37,8 @@ def make_confounds(result: Realigned, series: figures.SeriesFigures | None) -> C
     result : Realigned
     series : SeriesFigures or None
         None where nothing was resliced: DVARS is not known.
+    brain : (nz, ny, nx) bool
+        Whose displacement the expected error is.
     """
     settings, n = result.settings, result.run.n_volumes
     shape = result.reference.shape[::-1]
@@ -49,6 +54,7 @@ def make_confounds(result: Realigned, series: figures.SeriesFigures | None) -> C
     table["dvars"] = series.dvars if series else unknown
     table["std_dvars"] = series.std_dvars if series else unknown
     table |= _filtered(result, motion) | {name: result.per_volume[name] for name in FIT}
+    table["expected_error"] = _expected_errors_mm(result, brain)
     for name in MOTION:
         table |= _expansions(name, table[name])
     outliers = motion_outliers(result, fd_mm, table["std_dvars"])
@@ -100,6 +106,15 @@ def describe_columns(result: Realigned, names: Iterable[str]) -> dict[str, Any]:
     for name in MOTION:
         known |= _expansion_columns(name, known[name]["Units"])
     return {name: known.get(name) or _spike_column(result, name) for name in names}
+
+
+def _expected_errors_mm(result: Realigned, brain: NDArray[np.bool_]) -> NDArray[np.float64]:
+    voxels = np.argwhere(brain)[:, ::-1].astype(np.float64)
+    arms_mm = geometry.world(result.affine, voxels) - result.centre_mm
+    form = displacement_form(arms_mm) if len(arms_mm) else np.zeros((6, 6))
+    of_reference = np.flatnonzero(result.per_volume["status"] == "reference")
+    reference = int(of_reference[0]) if of_reference.size else None
+    return expected_errors_mm(result.covariance, form, reference)
 
 
 def _touched(marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -214,7 +229,7 @@ _FIT_COLUMNS: dict[str, Any] = {
         "Units": "1",
     },
     "expected_error": {
-        "Description": "Displacement over the head (rms) that the error of the volume's motion is "
+        "Description": "Displacement over the brain (rms) that the error of the volume's motion is "
         "below with a probability of 68%, by its residuals",
         "Units": "mm",
     },

@@ -10,7 +10,7 @@ from keepstill.estimate import Estimate, allowed_step
 from keepstill.kernels.small import product, solution
 from keepstill.kernels.sums import N_COLUMNS, block_sums, outside_normal, to_residuals
 from keepstill.moving import Asked, Moving, fill_values
-from keepstill.reference import Reference
+from keepstill.reference import Level, Reference
 from keepstill.run_model import RunModel
 
 Matrix = NDArray[np.float64]
@@ -21,16 +21,17 @@ _FURTHEST_MM = 0.3
 
 
 def residuals_of(
-    moving: Moving, to_moving: Matrix, reference: Reference, scale: float
+    moving: Moving, to_moving: Matrix, level: Level, scale: float
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Residuals of a volume at the points of the reference's last level.
+    """Residuals of a volume at the points of a level.
 
     Parameters
     ----------
     moving : Moving
     to_moving : (4, 4) float64
         Voxel of the reference -> voxel of the volume.
-    reference : Reference
+    level : Level
+        Of the reference.
     scale : float
         Factor that brings the volume's intensity to the reference's.
 
@@ -40,7 +41,6 @@ def residuals_of(
         0 outside the spans.
     spans : (n_rows, 2) int64
     """
-    level = reference.last
     rows = level.points.rows
     spans = np.zeros((len(rows), 2), np.int64)
     spans[:, 1] = rows[:, 3]
@@ -92,11 +92,12 @@ def take_last_step(
     """
     if estimate.status == "failed":
         return estimate
-    level = reference.last
+    # Without fields, aliasing has to be kept out by the wider low-pass.
+    level = reference.fine if model.fields is None else reference.last
     to_moving = to_moving_voxel(estimate, moving_affine, reference)
-    residuals, spans = residuals_of(moving, to_moving, reference, estimate.scale)
-    model.take_off(residuals, level.points, spans, to_moving)
-    sums = block_sums(level.points.test_jacobian, residuals, reference.block_points)
+    residuals, spans = residuals_of(moving, to_moving, level, estimate.scale)
+    model.take_off(residuals, reference, spans, to_moving)
+    sums = block_sums(level.points.test_jacobian, residuals, reference.block_ends)
     normal = level.normal - outside_normal(level.points, spans)
     right = _total(sums[:, :N_COLUMNS])
     step, regular = allowed_step(normal, right, reference.basis)
@@ -105,8 +106,8 @@ def take_last_step(
     n_inside = int((spans[:, 1] - spans[:, 0]).sum())
     squares = float(_total(sums[:, N_COLUMNS:])[0])
     variance = squares / max(n_inside - N_COLUMNS, 1)
-    left = sums[:, :N_COLUMNS] - _predicted(reference.block_normals, step)
-    noise, blocks = _covariances(normal, reference, variance, left)
+    left = sums[:, :N_COLUMNS] - _predicted(level.block_normals, step)
+    noise, blocks = _covariances(normal, (reference.basis, level.test_normal * variance), left)
     turn = geometry.compose(
         geometry.translation(reference.centre_mm),
         geometry.inverse(geometry.rigid_step(step[:6, 0])),
@@ -118,6 +119,7 @@ def take_last_step(
         iterations=estimate.iterations + 1,
         cost=float(np.sqrt(squares / max(n_inside, 1))) / reference.mean_intensity,
         scale=estimate.scale / (1.0 + float(step[6, 0])),
+        last_step=step[:6, 0],
         covariance=noise,
         covariance_by_blocks=blocks,
     )
@@ -137,10 +139,10 @@ def _predicted(block_normals: Matrix, step: Matrix) -> Matrix:
 
 
 def _covariances(
-    normal: Matrix, reference: Reference, variance: float, left: Matrix
+    normal: Matrix, basis_and_tests: tuple[Matrix, Matrix], left: Matrix
 ) -> tuple[Matrix, Matrix]:
     """Covariance (6, 6) of the motion by the residuals' variance, and by blocks of points."""
-    basis = reference.basis
+    basis, of_tests = basis_and_tests
     onto = np.ascontiguousarray(basis.T)
     inverse, regular = solution(product(onto, product(normal, basis)), onto)
     if not regular:
@@ -149,5 +151,5 @@ def _covariances(
     n = len(left)
     spread = product(np.ascontiguousarray(left.T), left) * (n / max(n - 1, 1))
     back = np.ascontiguousarray(inverse.T)
-    noise = product(product(inverse, reference.test_normal * variance), back)
+    noise = product(product(inverse, of_tests), back)
     return noise, product(product(inverse, spread), back)

@@ -35,9 +35,10 @@ from keepstill.realign import (
     model_volumes,
     write_residuals,
 )
-from keepstill.run_model import NO_MODEL, RunModel, Team, fit_run_model
+from keepstill.run_model import NO_MODEL, RunModel, fit_run_model
 from keepstill.settings import RealignSettings
 from keepstill.stage import MOTION, put_staged
+from keepstill.team import Team
 
 # What launchers tell a rank of the world's size: MPICH and Slurm's PMI-2, Open MPI, PMIx.
 _WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
@@ -305,6 +306,7 @@ def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
         scale=np.array([e.scale for e in estimates]),
         n_lost_slices=np.array([len(e.lost_slices) for e in estimates]),
         covariance=np.array([e.covariance for e in estimates]),
+        centre_mm=reference.centre_mm,
         reference=reference.volume,
         affine=reference.affine,
         missing=missing,

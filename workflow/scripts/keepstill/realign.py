@@ -342,7 +342,7 @@ class _Worker:
         """Residuals of volume t at the points of the reference's last level, and their spans."""
         moving = self._moving(self._volume(t), _as_array(estimate.lost_slices))
         to_moving = to_moving_voxel(estimate, self._affine, self._reference)
-        return residuals_of(moving, to_moving, self._reference, estimate.scale)
+        return residuals_of(moving, to_moving, self._reference.last, estimate.scale)
 
     def last_step(self, t: int, estimate: Estimate, model: RunModel) -> Estimate:
         """Estimate of volume t after its last step."""

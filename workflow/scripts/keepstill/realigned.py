@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.bids import derivative_folder, derivative_name, percent_encoded
-from keepstill.error_bars import expected_errors_mm
 from keepstill.read import StagedRun, open_staged
 from keepstill.settings import RealignSettings
 from keepstill.stage import MOTION
@@ -40,8 +39,10 @@ class Realigned:
     settings : RealignSettings
     moving_from_reference : (n, 4, 4) float64
     per_volume : dict of str to (n,) arrays
-        ``status``, ``iterations``, ``cost``, ``overlap``, ``scale``, ``n_lost_slices`` and
-        ``expected_error`` (mm).
+        ``status``, ``iterations``, ``cost``, ``overlap``, ``scale``, ``n_lost_slices``.
+    covariance : (n, 6, 6) float64
+        Of each volume's motion: shifts (mm) and rotations (rad) about `centre_mm`.
+    centre_mm : (3,) float64
     reference : (nz, ny, nx) float32
     affine : (4, 4) float64
         World mm from voxel of the reference.
@@ -56,6 +57,8 @@ class Realigned:
     settings: RealignSettings
     moving_from_reference: NDArray[np.float64]
     per_volume: dict[str, NDArray[Any]]
+    covariance: NDArray[np.float64]
+    centre_mm: NDArray[np.float64]
     reference: NDArray[np.float32]
     affine: NDArray[np.float64]
     series: NDArray[np.float32] | None
@@ -108,10 +111,6 @@ def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
     reference = arrays.pop("reference")
     shape = (run.n_volumes, *reference.shape)
     series = np.memmap(run.realigned_path, np.float32, "r", 0, shape) if settings.reslice else None
-    of_reference = np.flatnonzero(arrays["status"] == "reference")
-    arrays["expected_error"] = expected_errors_mm(
-        arrays.pop("covariance"), int(of_reference[0]) if of_reference.size else None
-    )
     missing, n_missing = arrays.pop("missing"), int(arrays.pop("n_missing"))
     warnings = list(run.found["warnings"])
     if n_missing:
@@ -124,6 +123,8 @@ def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
         settings=settings,
         moving_from_reference=arrays.pop("moving_from_reference"),
         affine=arrays.pop("affine"),
+        covariance=arrays.pop("covariance"),
+        centre_mm=arrays.pop("centre_mm"),
         per_volume=arrays,
         reference=reference,
         series=series,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from keepstill import geometry
 from keepstill.errors import EmptyVolumeError
 from keepstill.kernels.bspline import GAINS, LANES, PAD, POLES, fill_coefficients
-from keepstill.kernels.sums import N_COLUMNS, Points, cross_sums, normal_matrix
+from keepstill.kernels.sums import N_COLUMNS, Points, cross_sums
 from keepstill.masks import head_mask
 from keepstill.settings import EstimateSettings
 from keepstill.smooth import lowpass, valid_filtered
@@ -46,16 +46,28 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class Level:
-    """Sampling points and their normal matrix (8, 8), test_jacobian' jacobian.
+    """Sampling points and their normal matrix, test_jacobian' jacobian.
 
-    A rough level is one whose result is a starting point only. Points are looked at from
-    `inset_voxels` inside the moving field of view on.
+    Attributes
+    ----------
+    points : Points
+    normal : (8, 8) float64
+    rough : bool
+        Whether the level's result is a starting point only.
+    inset_voxels : float
+        How far inside the moving field of view points are looked at.
+    block_normals : (n_blocks, 8, 8) float64
+        What each block of points has of the normal matrix; one block on a rough level.
+    test_normal : (8, 8) float64
+        test_jacobian' test_jacobian.
     """
 
     points: Points
     normal: NDArray[np.float64]
     rough: bool
     inset_voxels: float
+    block_normals: NDArray[np.float64]
+    test_normal: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -92,10 +104,10 @@ class Reference:
     blocks : (n_blocks + 1,) int64
         Rows of all points where blocks of about equal numbers of points begin, and where the
         last one ends: a block holds whole slabs of one y.
-    block_normals : (n_blocks, 8, 8) float64
-        What each block has of the last level's normal matrix.
-    test_normal : (8, 8) float64
-        test_jacobian' test_jacobian over the points of the last level.
+    ghost_slopes : (3, n) float32
+        Change of the ghost at the points of the last level, by each voxel that it moves.
+    ghost_half_voxels : (3,) float64
+        Half the field of view along the ghost's axis.
     basis : (8, m) float64
         Steps that are allowed, as combinations of shifts, rotations, intensity and ghost: all
         eight, or within the slice plane two shifts, one rotation, intensity and ghost.
@@ -110,14 +122,20 @@ class Reference:
     fine: Level
     last: Level
     blocks: NDArray[np.int64]
-    block_normals: NDArray[np.float64]
-    test_normal: NDArray[np.float64]
+    ghost_slopes: NDArray[np.float32]
+    ghost_half_voxels: NDArray[np.float64]
     basis: NDArray[np.float64]
     mean_intensity: float
     sd_intensity: float
 
     @property
-    def block_points(self) -> NDArray[np.int64]:
+    def ghost_axis(self) -> int | None:
+        """Voxel axis along which there is a ghost."""
+        axes = np.flatnonzero(self.ghost_half_voxels)
+        return int(axes[0]) if axes.size else None
+
+    @property
+    def block_ends(self) -> NDArray[np.int64]:
         """Points where blocks begin, and where the last one ends, (n_blocks + 1,)."""
         begins = np.append(self.last.points.rows[:, 4], self.last.points.values.size)
         return begins[self.blocks].astype(np.int64)
@@ -163,41 +181,63 @@ def prepare_reference(
     )
     mean = float(volume[points_mask].mean(dtype=np.float64))
     rows = _rows(points_mask)
+    blocks = _blocks(rows)
+    coarse = _points(_coarse(rows), (plain, first), affine, centre_mm)
     fine = _points(rows, (plain, first), affine, centre_mm)
-    levels = (
-        (_points(_coarse(rows), (plain, first), affine, centre_mm), True, INSET_VOXELS),
-        (fine, False, INSET_VOXELS),
-        (fine._replace(test_jacobian=_jacobian(rows, last, affine, centre_mm)), False,
-         LAST_INSET_VOXELS),
-    )  # fmt: skip
-    coarse, fine_level, last_level = (
-        Level(points, _normal(points, mean), rough, inset) for points, rough, inset in levels
-    )
-    blocks, test = _blocks(rows), last_level.points.test_jacobian
+    finest = fine._replace(test_jacobian=_jacobian(rows, last, affine, centre_mm))
+    whole = np.array([0, len(coarse.rows)], np.int64)
     return Reference(
         volume=volume,
         affine=affine,
         centre_mm=centre_mm,
-        coarse=coarse,
-        fine=fine_level,
-        last=last_level,
+        coarse=_level(coarse, whole, mean, INSET_VOXELS, rough=True),
+        fine=_level(fine, blocks, mean, INSET_VOXELS),
+        last=_level(finest, blocks, mean, LAST_INSET_VOXELS),
         blocks=blocks,
-        block_normals=_block_normals(last_level.points, blocks),
-        test_normal=cross_sums(test, test, 0, test.shape[1]),
+        ghost_slopes=_ghost_slopes(ghost, rows, acquisition.ghost_axis),
+        ghost_half_voxels=_ghost_half(volume.shape, acquisition.ghost_axis),
         basis=_in_plane_basis(affine) if acquisition.in_plane else np.eye(N_COLUMNS),
         mean_intensity=mean,
         sd_intensity=float(volume[points_mask].std(dtype=np.float64)),
     )
 
 
-def wide_lowpassed(reference: Reference) -> Points:
-    """The last level's points with values and test Jacobian of a strongly low-passed image."""
-    points, smooth = reference.last.points, lowpass(reference.volume, WIDE_FWHM_VOXELS)
-    rows = points.rows[:, :4]
-    images = Images(smooth, world_gradient(smooth, reference.affine), np.zeros_like(smooth))
+def block_points(reference: Reference, block: int) -> tuple[Points, slice]:
+    """The last level's points with the rows of one block alone, and which rows these are."""
+    rows = slice(int(reference.blocks[block]), int(reference.blocks[block + 1]))
+    points = reference.last.points
+    return points._replace(rows=np.ascontiguousarray(points.rows[rows])), rows
+
+
+def extent_of(points: Points) -> slice:
+    """Places of the points of a block."""
+    return slice(int(points.rows[0, 4]), int(points.rows[-1, 4] + points.rows[-1, 3]))
+
+
+class Wide(NamedTuple):
+    """What the last level's points show of a strongly low-passed image.
+
+    Attributes
+    ----------
+    values : (n,) float32
+    test_jacobian : (8, n) float32
+    ghost_slopes : (3, n) float32
+    """
+
+    values: NDArray[np.float32]
+    test_jacobian: NDArray[np.float32]
+    ghost_slopes: NDArray[np.float32]
+
+
+def wide_lowpassed(reference: Reference) -> Wide:
+    """The reference, strongly low-passed, at the points of its last level."""
+    smooth = lowpass(reference.volume, WIDE_FWHM_VOXELS)
+    rows = reference.last.points.rows[:, :4]
+    axis = reference.ghost_axis
+    ghost = _ghost(smooth, axis)
+    images = Images(smooth, world_gradient(smooth, reference.affine), ghost)
     jacobian = _jacobian(rows, images, reference.affine, reference.centre_mm)
-    jacobian[-1] = points.test_jacobian[-1]
-    return points._replace(values=smooth[_voxels(rows)], test_jacobian=jacobian)
+    return Wide(smooth[_voxels(rows)], jacobian, _ghost_slopes(ghost, rows, axis))
 
 
 def _ghost(volume: Volume, axis: int | None) -> Volume:
@@ -212,18 +252,49 @@ def _lowpassed(images: Images, affine: NDArray[np.float64], fwhm_voxels: float) 
     return Images(smooth, world_gradient(smooth, affine), lowpass(images.ghost, fwhm_voxels))
 
 
-def _normal(points: Points, mean_intensity: float) -> NDArray[np.float64]:
-    """Normal matrix, in which a ghost that no point shows has a little certainty too."""
-    out: NDArray[np.float64] = normal_matrix(points)
-    out[-1, -1] += mean_intensity**2
+def _ghost_half(shape: tuple[int, ...], axis: int | None) -> NDArray[np.float64]:
+    """Half the field of view along the ghost's axis, (3,) voxels; 0 without a ghost."""
+    out = np.zeros(3)
+    if axis is not None:
+        out[axis] = shape[2 - axis] // 2
     return out
 
 
-def _block_normals(points: Points, blocks: NDArray[np.int64]) -> NDArray[np.float64]:
+def _ghost_slopes(ghost: Volume, rows: NDArray[np.int64], axis: int | None) -> NDArray[np.float32]:
+    """Change (3, n) of the ghost at points, by each voxel that it moves along x, y, z.
+
+    On the nearer half of the field of view the ghost has come round from the far side: what moves
+    it one way there, beside the head, moves it the other way here.
+    """
+    voxels = _voxels(rows)
+    if axis is None or not ghost.any():
+        return np.zeros((3, len(voxels[0])), np.float32)
+    sign = np.where(voxels[2 - axis] >= ghost.shape[2 - axis] // 2, 1, -1).astype(np.float32)
+    slopes = [
+        np.gradient(ghost, axis=2 - k)[voxels] if ghost.shape[2 - k] > 1 else np.zeros(len(sign))
+        for k in range(3)
+    ]
+    return np.array([sign * slope for slope in slopes], np.float32)
+
+
+def _level(
+    points: Points,
+    blocks: NDArray[np.int64],
+    mean_intensity: float,
+    inset_voxels: float,
+    rough: bool = False,
+) -> Level:
+    """Points and their normal matrices; a ghost that no point shows has a little certainty too."""
     ends = np.append(points.rows[:, 4], points.values.size)[blocks]
     test, plain = points.test_jacobian, points.jacobian
-    blocks_between = itertools.pairwise(int(end) for end in ends)
-    return np.array([cross_sums(test, plain, a, b) for a, b in blocks_between])
+    between = itertools.pairwise(int(end) for end in ends)
+    by_block = np.array([cross_sums(test, plain, a, b) for a, b in between])
+    normal = np.zeros((N_COLUMNS, N_COLUMNS))
+    for part in by_block:
+        normal += part
+    normal[-1, -1] += mean_intensity**2
+    of_tests = cross_sums(test, test, 0, test.shape[1])
+    return Level(points, normal, rough, inset_voxels, by_block, of_tests)
 
 
 def _blocks(rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -12,21 +12,16 @@ numbers for each point (a constant, and two for each axis) are a linear fit to t
 taking off what they predict leaves the motion that the fold had hidden. Motion and fields
 determine each other and are solved for in turn, sped up by Anderson's method (1965, J. ACM 12:547).
 
-A receive coil's sensitivity stays with the scanner while the head moves through it. Its logarithm
-is taken to be a quadratic polynomial of the scanner's position, nine numbers a run, fitted to low
-frequencies with each volume's own parameters eliminated.
+What stays with the scanner is fitted before, and taken off (see `keepstill.scanner_effects`).
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill import geometry
 from keepstill.estimate import allowed_step
 from keepstill.kernels.aliasing import (
     N_FACTORS,
@@ -36,14 +31,14 @@ from keepstill.kernels.aliasing import (
     fit_fields,
     row_phases,
     take_off_aliasing,
-    take_off_parabolas,
 )
 from keepstill.kernels.small import product, solution
-from keepstill.kernels.sums import N_COLUMNS, Points, block_sums, cross_sums, outside_normal
-from keepstill.reference import Reference, wide_lowpassed
+from keepstill.kernels.sums import N_COLUMNS, outside_normal
+from keepstill.reference import Reference, block_points, extent_of
+from keepstill.scanner_effects import NO_EFFECTS, ScannerEffects, fit_scanner_effects
+from keepstill.team import Team
 
 Matrix = NDArray[np.float64]
-T = TypeVar("T")
 
 # Noise variance over that of a wave, as is expected: waves are stronger.
 _RIDGE = 0.5
@@ -56,40 +51,6 @@ _NO_FACTORS = np.zeros((N_FACTORS, 0), np.float32)
 _POINTS_PER_FREEDOM = 16
 # Anderson's weights see motion only: shifts in mm, rotations in mm at this radius.
 _RADIUS_MM = 65.0
-# Scanner positions are measured in units of this, mm, and the coefficients of the log of the
-# sensitivity are expected to be of this size.
-_UNIT_MM, _SHADING_SD = 80.0, 0.1
-# Activity and noise make a shading of about this standard deviation over the head out of nothing;
-# one of that size is not believed, one of twice that size almost whole.
-_SPURIOUS_SD = 0.035
-# Shading needs this part of the points to be seen by all volumes.
-_LEAST_COMMON = 0.3
-# Quadratic monomials of (x, y, z, 1): of the shading, all but the constant.
-_PAIRS = [(a, b) for a in range(4) for b in range(a, 4)]
-_FREE_PAIRS = _PAIRS[:-1]
-
-
-@dataclass(frozen=True)
-class Team:
-    """Who fits a model, and which blocks of points are this rank's.
-
-    Attributes
-    ----------
-    blocks : range
-    n_threads : int
-    gather : callable
-        Lists, on all ranks, what each rank gives, in the order of ranks.
-    """
-
-    blocks: range
-    n_threads: int
-    gather: Callable[[Any], list[Any]]
-
-    def each(self, work: Callable[[int], T]) -> list[T]:
-        """Result of some work on every block, in the order of blocks, on all ranks."""
-        with ThreadPoolExecutor(self.n_threads) as pool:
-            mine = list(pool.map(work, self.blocks))
-        return [result for results in self.gather(mine) for result in results]
 
 
 @dataclass(frozen=True)
@@ -100,8 +61,7 @@ class RunModel:
     ----------
     fields : (7, n) float32 or None
         Constant, and cosine and sine for each axis, at the points of the reference's last level.
-    shading : (4, 4) float64
-        The log of the sensitivity at voxel p = (x, y, z, 1) of a volume is p' shading p.
+    effects : ScannerEffects
     explained : float
         Part of the noise of a volume that the fields were fitted to which they explain: 7 numbers
         a point over the number of volumes, or less where the volumes' waves are alike.
@@ -110,14 +70,14 @@ class RunModel:
     """
 
     fields: NDArray[np.float32] | None
-    shading: Matrix
+    effects: ScannerEffects = NO_EFFECTS
     explained: float = 0.0
     learnt_from: frozenset[int] = frozenset()
 
     def take_off(
         self,
         residuals: NDArray[np.float32],
-        points: Points,
+        reference: Reference,
         spans: NDArray[np.int64],
         to_moving: Matrix,
     ) -> None:
@@ -126,19 +86,19 @@ class RunModel:
         Parameters
         ----------
         residuals : (n,) float32
-            0 outside the spans.
-        points : Points
+            At the points of the reference's last level, 0 outside the spans.
+        reference : Reference
         spans : (n_rows, 2) int64
         to_moving : (4, 4) float64
             Voxel of the reference -> voxel of the volume.
         """
-        if self.shading.any():
-            take_off_parabolas(residuals, points, spans, change_of(self.shading, to_moving))
+        self.effects.take_off(residuals, reference, spans, to_moving)
         if self.fields is not None:
+            points = reference.last.points
             take_off_aliasing(residuals, points, spans, to_moving[:3], self.fields)
 
 
-NO_MODEL = RunModel(None, np.zeros((4, 4)))
+NO_MODEL = RunModel(None)
 
 
 def fitted_to(
@@ -167,42 +127,26 @@ def fitted_to(
 
 
 def fit_run_model(reference: Reference, fitted: Fitted, own_grid: bool, team: Team) -> RunModel:
-    """Fit shading and aliasing to some volumes of a run.
+    """Fit what stays with the scanner, and aliasing, to some volumes of a run.
 
     Parameters
     ----------
     reference : Reference
     fitted : Fitted
-        Residuals at the points of the reference's last level; the shading is taken off them.
+        Residuals at the points of the reference's last level; what stays with the scanner is taken
+        off them.
     own_grid : bool
         Whether the reference has the run's grid: a position in the scanner, too.
     team : Team
     """
-    shading = _fit_shading(reference, fitted, team) if own_grid else np.zeros((4, 4))
+    effects = fit_scanner_effects(reference, fitted, team) if own_grid else NO_EFFECTS
     fields, freedom = _fit_fields(reference, fitted, team)
-    return RunModel(fields, shading, freedom / len(fitted.slots))
-
-
-def change_of(shading: Matrix, to_moving: Matrix) -> Matrix:
-    """The log sensitivity's change from the reference's voxel to its source, as a (4, 4) form."""
-    return product(product(np.ascontiguousarray(to_moving.T), shading), to_moving) - shading
-
-
-def _block_points(reference: Reference, block: int) -> tuple[Points, slice]:
-    """Points with the rows of one block, and which rows these are."""
-    rows = slice(int(reference.blocks[block]), int(reference.blocks[block + 1]))
-    points = reference.last.points
-    return points._replace(rows=np.ascontiguousarray(points.rows[rows])), rows
+    return RunModel(fields, effects, freedom / len(fitted.slots))
 
 
 def _of_block(fitted: Fitted, rows: slice) -> Fitted:
     spans, phases = fitted.spans[:, rows], fitted.phases[:, rows]
     return fitted._replace(spans=np.ascontiguousarray(spans), phases=np.ascontiguousarray(phases))
-
-
-def _extent(points: Points) -> slice:
-    """Places of a block's points."""
-    return slice(int(points.rows[0, 4]), int(points.rows[-1, 4] + points.rows[-1, 3]))
 
 
 def _fit_fields(
@@ -259,7 +203,7 @@ class _FieldsWork:
 
     def __init__(self, reference: Reference, team: Team) -> None:
         self._basis, self._team = reference.basis, team
-        self._parts = {block: _block_points(reference, block) for block in team.blocks}
+        self._parts = {block: block_points(reference, block) for block in team.blocks}
         n_points = reference.last.points.values.size
         self._fields = np.zeros((N_FIELDS, n_points), np.float32)
 
@@ -271,7 +215,7 @@ class _FieldsWork:
             of_block = _of_block(chosen.fitted, rows)
             factors = chosen.factors.get(block, _NO_FACTORS)
             if refit and block not in chosen.factors:
-                extent = _extent(points)
+                extent = extent_of(points)
                 factors = np.empty((N_FACTORS, extent.stop - extent.start), np.float32)
                 fill_factors(factors, points, of_block, _RIDGE)
                 chosen.factors[block] = factors
@@ -290,7 +234,7 @@ class _FieldsWork:
 
     def gathered(self) -> NDArray[np.float32]:
         """The fields, on all ranks."""
-        extents = {block: _extent(points) for block, (points, _) in self._parts.items()}
+        extents = {block: extent_of(points) for block, (points, _) in self._parts.items()}
         mine = [(extent, self._fields[:, extent]) for extent in extents.values()]
         for extent, values in (part for parts in self._team.gather(mine) for part in parts):
             self._fields[:, extent] = values
@@ -335,147 +279,3 @@ def _accelerated(history: list[tuple[Matrix, Matrix]], steps: Matrix, change: Ma
         for part, (a, b) in zip(parts[:, 0], pairs, strict=True):
             out = out - part * ((b[0] - a[0]) + (b[1] - a[1]))
     return out
-
-
-def _fit_shading(reference: Reference, fitted: Fitted, team: Team) -> Matrix:
-    """Log of the sensitivity, as a (4, 4) form, by instrumental variables.
-
-    Instruments are the low-passed images of the columns, so that aliasing has no say.
-    """
-    to_unit = _to_unit(reference)
-    wide = wide_lowpassed(reference)
-    common = _common_points(reference.last.points, fitted.spans)
-    if common.mean() < _LEAST_COMMON:
-        return np.zeros((4, 4))
-
-    def sums_of(block: int) -> tuple[Matrix, Matrix]:
-        points, _ = _block_points(reference, block)
-        here = _extent(points)
-        columns = _monomials(points, to_unit) * common[here]
-        plain = np.concatenate([columns * points.values[here], points.jacobian[:, here]])
-        tests = np.concatenate([columns * wide.values[here], wide.test_jacobian[:, here]])
-        tests[:, ~common[here]] = 0
-        n = tests.shape[1]
-        whole = np.array([0, n], np.int64)
-        residuals = [np.ascontiguousarray(fitted.residuals[slot, here]) for slot in fitted.slots]
-        right = [block_sums(tests, values, whole)[0] for values in residuals]
-        return cross_sums(tests, plain, 0, n), np.array(right)
-
-    found = team.each(sums_of)
-    cross = sum((normal for normal, _ in found), np.zeros(()))
-    cross[-1, -1] += reference.mean_intensity**2  # of a ghost that no point shows
-    right = sum((r for _, r in found), np.zeros(()))
-    n_values = max(float(common.sum()) * len(fitted.slots), 1.0)
-    variance = float(right[:, -1].sum()) / n_values
-    allowed = _beside_monomials(reference.basis)
-    cross = product(product(np.ascontiguousarray(allowed.T), cross), allowed)
-    right = product(np.ascontiguousarray(right[:, :-1]), allowed)
-    form = _solved_shading(cross, right, fitted.maps, (to_unit, variance))
-    form *= _credibility(form, reference.last.points)
-    _take_off_shading(form, reference, fitted, team)
-    return form
-
-
-def _take_off_shading(form: Matrix, reference: Reference, fitted: Fitted, team: Team) -> None:
-    """Take the shading off the residuals, in place, each rank off its own blocks."""
-
-    def take_off(block: int) -> None:
-        points, rows = _block_points(reference, block)
-        for v, slot in enumerate(fitted.slots):
-            to_moving = np.vstack([fitted.maps[v], [0.0, 0.0, 0.0, 1.0]])
-            spans = np.ascontiguousarray(fitted.spans[v, rows])
-            take_off_parabolas(fitted.residuals[slot], points, spans, change_of(form, to_moving))
-
-    team.each(take_off)
-
-
-def _beside_monomials(basis: Matrix) -> Matrix:
-    """The (8, m) basis of steps, with the ten monomials as they are; (18, 10 + m)."""
-    n = len(_PAIRS)
-    out = np.zeros((n + basis.shape[0], n + basis.shape[1]))
-    out[:n, :n], out[n:, n:] = np.eye(n), basis
-    return out
-
-
-def _solved_shading(
-    cross: Matrix, right: Matrix, maps: Matrix, scale: tuple[Matrix, float]
-) -> Matrix:
-    """Shading's form from sums over points: of tests with columns, and with (m) residuals.
-
-    Tests and columns are the ten monomials, then the steps that are allowed.
-    """
-    to_unit, variance = scale
-    n = len(_PAIRS)
-    onto, distinct = solution(
-        cross[n:, n:], np.concatenate([cross[n:, :n], right[:, n:].T], axis=1)
-    )
-    free = cross[:n, :n] - product(np.ascontiguousarray(cross[:n, n:]), onto[:, :n].copy())
-    rest = right[:, :n].T - product(np.ascontiguousarray(cross[:n, n:]), onto[:, n:].copy())
-    from_unit = geometry.inverse(to_unit)
-    normal = np.eye(len(_FREE_PAIRS)) * variance / _SHADING_SD**2
-    total = np.zeros((len(_FREE_PAIRS), 1))
-    for v, to_moving in enumerate(maps):
-        moved = geometry.compose(to_unit, np.vstack([to_moving, [0, 0, 0, 1.0]]), from_unit)
-        changes = [_as_column(change_of(_as_form(pair), moved)) for pair in _FREE_PAIRS]
-        change = np.array(changes)
-        normal += product(product(change, free), np.ascontiguousarray(change.T))
-        total += product(change, np.ascontiguousarray(rest[:, v : v + 1]))
-    found, regular = solution(normal, total)
-    if not (regular and distinct):
-        return np.zeros((4, 4))
-    form = sum((x * _as_form(pair) for x, pair in zip(found[:, 0], _FREE_PAIRS, strict=True)),
-               np.zeros((4, 4)))  # fmt: skip
-    return product(product(np.ascontiguousarray(to_unit.T), form), to_unit)
-
-
-def _credibility(form: Matrix, points: Points) -> float:
-    """0 to 1: how far beyond a spurious one the shading is, over the head (Breiman's garrote)."""
-    monomials = _monomials(points, np.eye(4))
-    field = sum((c * m for c, m in zip(_as_column(form), monomials, strict=True)), np.zeros(1))
-    variance = float(np.var(field))
-    return max(0.0, 1.0 - (_SPURIOUS_SD**2 / variance) ** 2) if variance > 0 else 0.0
-
-
-def _to_unit(reference: Reference) -> Matrix:
-    """Scanner position in `_UNIT_MM`, along the voxel axes about the head, from voxel; (4, 4)."""
-    sizes = geometry.voxel_sizes_mm(reference.affine) / _UNIT_MM
-    inverse = geometry.inverse(reference.affine)
-    centre = (
-        inverse[:3, 3]
-        + product(np.ascontiguousarray(inverse[:3, :3]), reference.centre_mm.reshape(3, 1))[:, 0]
-    )
-    out = np.diag([*sizes, 1.0])
-    out[:3, 3] = -sizes * centre
-    return out
-
-
-def _as_form(pair: tuple[int, int]) -> Matrix:
-    """The monomial p_a p_b as a symmetric (4, 4) form."""
-    out = np.zeros((4, 4))
-    out[pair[0], pair[1]] += 0.5
-    out[pair[1], pair[0]] += 0.5
-    return out
-
-
-def _as_column(form: Matrix) -> Matrix:
-    """Factors (10,) of the monomials in a form."""
-    return np.array([form[a, b] + form[b, a] if a != b else form[a, a] for a, b in _PAIRS])
-
-
-def _monomials(points: Points, to_unit: Matrix) -> NDArray[np.float32]:
-    """The ten monomials of the unit position at the points of rows, (10, n)."""
-    rows = points.rows
-    row = np.repeat(np.arange(len(rows)), rows[:, 3])
-    x = np.arange(row.size) - (rows[row, 4] - rows[0, 4]) + rows[row, 2]
-    voxel = (x, rows[row, 0], rows[row, 1])
-    unit = [to_unit[a, a] * voxel[a] + to_unit[a, 3] for a in range(3)] + [np.ones(len(x))]
-    return np.array([unit[a] * unit[b] for a, b in _PAIRS], np.float32)
-
-
-def _common_points(points: Points, spans: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Points that all volumes see, (n,)."""
-    low, high = spans[:, :, 0].max(axis=0), spans[:, :, 1].min(axis=0)
-    rows = points.rows
-    row = np.repeat(np.arange(len(rows)), rows[:, 3])
-    i = np.arange(row.size) - rows[row, 4]
-    return np.asarray((i >= low[row]) & (i < high[row]))

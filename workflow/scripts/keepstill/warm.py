@@ -1,5 +1,7 @@
 """Compiling every kernel once, into numba's cache, before ranks could race for it."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from keepstill import geometry
@@ -10,8 +12,10 @@ from keepstill.masks import brain_mask
 from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.reference import Acquisition, Reference, prepare_reference
 from keepstill.reslice import coverage, extend_volume, reslice_volume
-from keepstill.run_model import RunModel, Team, fit_run_model, fitted_to
+from keepstill.run_model import RunModel, fit_run_model, fitted_to
+from keepstill.scanner_effects import ScannerEffects
 from keepstill.settings import EstimateSettings
+from keepstill.team import Team
 
 
 def warm_kernels() -> None:
@@ -38,9 +42,8 @@ def warm_kernels() -> None:
 
 def _model(moving: Moving, reference: Reference) -> RunModel:
     """A model of one volume's residuals."""
-    residuals, spans = residuals_of(moving, np.eye(4), reference, 1.0)
+    residuals, spans = residuals_of(moving, np.eye(4), reference.last, 1.0)
     fitted = fitted_to(reference, residuals[None].copy(), [0], [spans], [np.eye(4)])
     team = Team(range(len(reference.blocks) - 1), 1, lambda value: [value])
-    shaded = np.zeros((4, 4))
-    shaded[0, 0] = 1e-9
-    return RunModel(fit_run_model(reference, fitted, True, team).fields, shaded)
+    model = fit_run_model(reference, fitted, True, team)
+    return replace(model, effects=ScannerEffects(np.full((4, 4), 1e-9), 1e-9))

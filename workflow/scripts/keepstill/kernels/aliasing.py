@@ -47,24 +47,25 @@ class Fitted(NamedTuple):
 
 
 @kernel
-def wave_table(to_moving: NDArray[np.float64], n: int) -> NDArray[np.float32]:
+def wave_tables(maps: NDArray[np.float64], n: int) -> NDArray[np.float32]:
     """Cosine and sine of how far each axis' wave has turned after 0 ... n - 1 steps in x.
 
     Parameters
     ----------
-    to_moving : (3, 4) float64
-        Voxel (x, y, z, 1) of the reference -> voxel of the volume.
+    maps : (m, 3, 4) float64
+        Voxel (x, y, z, 1) of the reference -> voxel of each volume.
 
     Returns
     -------
-    table : (6, n) float32
+    tables : (m, 6, n) float32
     """
-    out = np.empty((N_FIELDS - 1, n), np.float32)
-    for axis in range(3):
-        slope = to_moving[axis, 0] - round(to_moving[axis, 0])
-        for i in range(n):
-            out[2 * axis, i] = math.cos(_TURN * slope * i)
-            out[2 * axis + 1, i] = math.sin(_TURN * slope * i)
+    out = np.empty((maps.shape[0], N_FIELDS - 1, n), np.float32)
+    for v in range(maps.shape[0]):
+        for axis in range(3):
+            slope = maps[v, axis, 0] - round(maps[v, axis, 0])
+            for i in range(n):
+                out[v, 2 * axis, i] = math.cos(_TURN * slope * i)
+                out[v, 2 * axis + 1, i] = math.sin(_TURN * slope * i)
     return out
 
 
@@ -93,7 +94,7 @@ def fill_waves(
     waves : (6, l) float32
         Filled for the row's n points.
     table : (6, l) float32
-        From `wave_table`.
+        Of a volume, from `wave_tables`.
     phases : (6,) float32
         The row's, from `row_phases`.
     """
@@ -123,7 +124,7 @@ def fill_factors(
         What is known of the waves' strength beforehand: noise variance over wave variance.
     """
     rows, m, length = points.rows, fitted.slots.size, _longest(points.rows)
-    tables = _tables(fitted.maps, length)
+    tables = wave_tables(fitted.maps, length)
     waves = np.empty((N_FIELDS - 1, length), np.float32)
     normal = np.empty((N_FACTORS, length), np.float32)
     for r in range(rows.shape[0]):
@@ -139,14 +140,6 @@ def fill_factors(
         for entry in range(N_FACTORS):
             for i in range(n):
                 factors[entry, at + i] = normal[entry, i]
-
-
-@part
-def _tables(maps: NDArray[np.float64], length: int) -> NDArray[np.float32]:
-    out = np.empty((maps.shape[0], N_FIELDS - 1, length), np.float32)
-    for v in range(maps.shape[0]):
-        out[v] = wave_table(maps[v], length)
-    return out
 
 
 @part
@@ -236,7 +229,7 @@ def fit_fields(
         test_jacobian' (residuals - steps - fields) over the block.
     """
     rows, m, length = points.rows, fitted.slots.size, _longest(points.rows)
-    tables = _tables(fitted.maps, length)
+    tables = wave_tables(fitted.maps, length)
     waves = np.empty((m, N_FIELDS - 1, length), np.float32)
     left = np.empty((m, length), np.float32)
     lanes = np.zeros((m, N_COLUMNS, length), np.float32)
@@ -411,7 +404,8 @@ def take_off_aliasing(
         From `fit_fields`.
     """
     rows, length = points.rows, _longest(points.rows)
-    table, phases = wave_table(to_moving, length), row_phases(to_moving, rows)
+    table = wave_tables(to_moving.reshape(1, 3, 4), length)[0]
+    phases = row_phases(to_moving, rows)
     waves = np.empty((N_FIELDS - 1, length), np.float32)
     for r in range(rows.shape[0]):
         at = rows[r, 4]
@@ -450,3 +444,28 @@ def take_off_parabolas(
         for k in range(np.uint64(spans[r, 0]), np.uint64(spans[r, 1])):
             i = np.float32(k)
             residuals[at + k] -= points.values[at + k] * (c0 + i * (c1 + i * c2))
+
+
+@kernel
+def take_off_columns(
+    residuals: NDArray[np.float32],
+    points: Points,
+    spans: NDArray[np.int64],
+    columns: NDArray[np.float32],
+    factors: NDArray[np.float32],
+) -> None:
+    """Take a sum of columns off a volume's residuals, in place.
+
+    Parameters
+    ----------
+    residuals : (n,) float32
+    points : Points
+    spans : (n_rows, 2) int64
+    columns : (p, n) float32
+    factors : (p,) float32
+    """
+    for r in range(points.rows.shape[0]):
+        at = np.uint64(points.rows[r, 4])
+        for a in range(columns.shape[0]):
+            for i in range(np.uint64(spans[r, 0]), np.uint64(spans[r, 1])):
+                residuals[at + i] -= factors[a] * columns[a, at + i]

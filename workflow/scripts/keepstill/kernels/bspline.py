@@ -190,13 +190,23 @@ def _mirror_borders(out: NDArray[np.float32], nz: int, ny: int) -> None:
     """Rows beyond the field in y and z; and zeros, which no sum may use, behind each row."""
     for k in range(nz):
         plane = out[PAD + k]
-        plane[:, plane.shape[1] - LANES :] = 0
+        for j in range(plane.shape[0]):
+            for i in range(plane.shape[1] - LANES, plane.shape[1]):
+                plane[j, i] = 0
         for j in range(PAD):
-            plane[j] = plane[PAD + mirror(j - PAD, ny)]
-            plane[PAD + ny + j] = plane[PAD + mirror(ny + j, ny)]
+            _copy(plane[j], plane[PAD + mirror(j - PAD, ny)])
+            _copy(plane[PAD + ny + j], plane[PAD + mirror(ny + j, ny)])
     for k in range(PAD):
-        out[k] = out[PAD + mirror(k - PAD, nz)]
-        out[PAD + nz + k] = out[PAD + mirror(nz + k, nz)]
+        for j in range(ny + 2 * PAD):
+            _copy(out[k, j], out[PAD + mirror(k - PAD, nz), j])
+            _copy(out[PAD + nz + k, j], out[PAD + mirror(nz + k, nz), j])
+
+
+@part
+def _copy(out: NDArray[np.float32], given: NDArray[np.float32]) -> None:
+    """Copy a row: an assignment of arrays takes seconds to compile, for its messages."""
+    for i in range(out.size):
+        out[i] = given[i]
 
 
 @kernel

@@ -368,7 +368,8 @@ def fill_unmoved(
         row[:low] = 0
         row[high:] = 0
         if high > low:
-            row[low:high] = volume[z, y, x + low : x + high]
+            for i in range(low, high):
+                row[i] = volume[z, y, x + i]
 
 
 @kernel

@@ -7,7 +7,7 @@ machines; motion must not.
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill.kernels.compiled import kernel
+from keepstill.kernels.compiled import kernel, part
 
 
 @kernel
@@ -43,15 +43,14 @@ def solution(
     a = matrix.copy()
     x = right.copy()
     n = a.shape[0]
-    scale = np.abs(a).max()
-    for column in range(n):
-        pivot = column + np.argmax(np.abs(a[column:, column]))
-        if not abs(a[pivot, column]) > 1e-14 * scale:
-            return x, False
+    scale = 0.0
+    for i in range(n):
         for j in range(n):
-            a[column, j], a[pivot, j] = a[pivot, j], a[column, j]
-        for j in range(x.shape[1]):
-            x[column, j], x[pivot, j] = x[pivot, j], x[column, j]
+            scale = max(scale, abs(a[i, j]))
+    for column in range(n):
+        _swap_rows(a, x, column)
+        if not abs(a[column, column]) > 1e-14 * scale:
+            return x, False
         for i in range(column + 1, n):
             factor = a[i, column] / a[column, column]
             for j in range(column, n):
@@ -64,3 +63,16 @@ def solution(
                 x[i, j] -= a[i, k] * x[k, j]
             x[i, j] /= a[i, i]
     return x, True
+
+
+@part
+def _swap_rows(a: NDArray[np.float64], x: NDArray[np.float64], column: int) -> None:
+    """Bring the row with the largest entry in a column, from the diagonal on, to the diagonal."""
+    pivot = column
+    for i in range(column + 1, a.shape[0]):
+        if not abs(a[i, column]) <= abs(a[pivot, column]):
+            pivot = i
+    for j in range(a.shape[1]):
+        a[column, j], a[pivot, j] = a[pivot, j], a[column, j]
+    for j in range(x.shape[1]):
+        x[column, j], x[pivot, j] = x[pivot, j], x[column, j]

@@ -38,12 +38,6 @@ class Points(NamedTuple):
 
 
 @kernel
-def normal_matrix(points: Points) -> NDArray[np.float64]:
-    """test_jacobian' jacobian over all points, (8, 8) float64."""
-    return cross_sums(points.test_jacobian, points.jacobian, 0, points.values.size)
-
-
-@kernel
 def cross_sums(
     left: NDArray[np.float32], right: NDArray[np.float32], first: int, last: int
 ) -> NDArray[np.float64]:

@@ -71,7 +71,7 @@ def test_reslicing_options_have_same_bytes_for_any_ranks_and_threads(options, tm
         out = tmp_path / f"out-{ranks}"
         done = call(["realign", source, "--out", out, "--threads", threads, *options], ranks)
         assert done.returncode == 0, done.stderr
-        found.append(digests(out))
+        found.append(runs.digests(out))
     assert found[0] == found[1]
 
 

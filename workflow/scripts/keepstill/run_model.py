@@ -44,7 +44,7 @@ Matrix = NDArray[np.float64]
 _RIDGE = 0.5
 # Rounds of fields and steps of the early volumes; with three earlier rounds to go by, more change
 # little. Every third volume is early, if that makes enough of them.
-_ROUNDS, _MEMORY = 4, 3
+_ROUNDS, _MEMORY = 3, 3
 _EARLY_EVERY, _FEWEST_EARLY = 3, 24
 _NO_FACTORS = np.zeros((N_FACTORS, 0), np.float32)
 # Freedom is looked at in one point of so many.

@@ -26,10 +26,10 @@ from keepstill.nifti import (
 from keepstill.settings import RealignSettings
 from keepstill.study import Plan, Study
 
-# CPU seconds of a run: 4.5 to start Python for each step and to draw the page, and 1.8 for the 29.5
+# CPU seconds of a run: 5 to start Python for each step and to draw the page, and 2.9 for the 29.5
 # Mvoxel of 64 x 64 x 36 x 200 (2 ranks, degree 5, kernels compiled, AMD EPYC, 2026).
-CPU_S_PER_RUN = 4.5
-CPU_S_PER_MVOXEL = 0.06
+CPU_S_PER_RUN = 5.0
+CPU_S_PER_MVOXEL = 0.1
 # Written voxels are 0.69 to 0.89 of their size without compression, float32 and int16 alike.
 COMPRESSED = 0.9
 BYTES_PER_VOXEL = {"float32": 4, "int16": 2}

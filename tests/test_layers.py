@@ -17,7 +17,7 @@ LAYERS = (
     ("stage",),
     ("read", "reference"),
     ("estimate", "reslice", "figures", "maps", "write"),
-    ("scanner_effects", "error_bars"),
+    ("scanner_effects", "error_bars", "wide_start"),
     ("run_model",),
     ("last_step", "realigned"),
     ("confounds", "truth"),

@@ -75,6 +75,18 @@ def test_real_run_has_same_bytes_on_two_ranks(study, tmp_path):
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
 
 
+def test_head_turns_have_same_bytes_on_ranks_and_threads(study, tmp_path):
+    """Volumes that start far away, on whichever rank and thread they are."""
+    source = study / "sub-02" / "func" / "sub-02_task-headturn_run-1_bold.nii.gz"
+    found = []
+    for ranks, threads in [(1, 1), (1, 2), (2, 1), (3, 1)]:
+        out = tmp_path / f"{ranks}-{threads}"
+        done = call(["realign", source, "--out", out, "--threads", threads], ranks)
+        assert done.returncode == 0, done.stderr
+        found.append(digests(out))
+    assert all(other == found[0] for other in found)
+
+
 def test_failing_rank_ends_all_with_its_own_message(tmp_path):
     source = runs.write_run(tmp_path / "a_bold.nii.gz", 0 * runs.ball_run())
     done = call(["realign", source, "--out", tmp_path / "out"], ranks=2)

@@ -20,12 +20,13 @@ from keepstill.last_step import residuals_of, take_last_step, to_moving_voxel
 from keepstill.lost_slices import filled, find_lost_slices, slice_means
 from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.read import StagedRun, read_volume
-from keepstill.reference import Acquisition, Reference, prepare_reference
+from keepstill.reference import Acquisition, Reference, WideLevel, prepare_reference
 from keepstill.reslice import reslice_volume
 from keepstill.run_model import RunModel, fitted_to
 from keepstill.settings import RealignSettings
 from keepstill.smooth import fill_missing
 from keepstill.stage import enlarge_staged
+from keepstill.wide_start import better, prepare_wide_levels, wants_wide_start, wide_start
 
 Progress = Callable[[int], None]
 T = TypeVar("T")
@@ -319,6 +320,7 @@ class _Worker:
         self._slice_means = slice_means(whole)
         self._local = threading.local()
         self._lock = threading.Lock()
+        self._wide: list[WideLevel] | None = None
         self.missing: NDArray[np.bool_] | None = None
         self.n_missing = 0
 
@@ -334,7 +336,15 @@ class _Worker:
         settings = self._settings.estimate
         lost = find_lost_slices(volume, self._slice_means)
         moving = self._moving(volume, lost)
-        return estimate_motion(moving, self._affine, self._reference, settings)
+        first = estimate_motion(moving, self._affine, self._reference, settings)
+        if not wants_wide_start(first, self._reference):
+            return first
+        start = wide_start(moving.volume, self._affine, self._reference, self._wide_levels())
+        if start is None:
+            return first
+        return better(
+            first, estimate_motion(moving, self._affine, self._reference, settings, start)
+        )
 
     def residuals(
         self, t: int, estimate: Estimate
@@ -386,6 +396,13 @@ class _Worker:
         coefficients, _ = self._work_space()
         degree = self._settings.estimate.degree
         return prepare_moving(filled(volume, lost), degree, coefficients, lost)
+
+    def _wide_levels(self) -> list[WideLevel]:
+        """What wide starts go by; no volume of an ordinary run asks for it."""
+        with self._lock:
+            if self._wide is None:
+                self._wide = prepare_wide_levels(self._reference)
+            return self._wide
 
     def _note_missing(self, missing: NDArray[np.bool_]) -> None:
         with self._lock:

@@ -26,7 +26,8 @@ WITHOUT_EFFECT = (
     *("truth", "warm"),
 )
 
-REFERENCES = ("first", "middle", "mean")  # anything else is the path of a file
+# Anything else is the path of a file.
+REFERENCES = ("first", "middle", "mean", "median", "lowest-motion")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ T = TypeVar("T")
 _WORST_COST = 1.5
 # Seven numbers at each point want more volumes than that.
 _FEWEST_FOR_MODEL = 12
-# Values of a series that are in memory at once for a median: 32 MB, and as much to sort in.
+# Values of a series that are in memory at once for a median: 32 MB, and three times that to sort.
 _MEDIAN_VALUES = 8_000_000
 _AT_REST = Estimate(np.eye(4), "ok", 0, 0.0, 1.0, 1.0)
 
@@ -187,11 +187,26 @@ def median_slices(
     out = {}
     for z in slices:
         parts = [
-            np.median(realigned[good, z, y : y + n_rows], axis=0)
+            _median_seen(realigned[good, z, y : y + n_rows])
             for y in range(0, realigned.shape[2], n_rows)
         ]
-        out[z] = np.concatenate(parts).astype(np.float32)
+        out[z] = np.concatenate(parts)
     return out
+
+
+def _median_seen(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Median over the first axis of what was seen: 0 and NaN are outside the field of view.
+
+    At the ends of the field of view, half of a still head's volumes may not see a slice.
+    """
+    seen = np.isfinite(values) & (values != 0)
+    n_seen = seen.sum(axis=0)
+    ordered = np.sort(np.where(seen, values, np.float32(np.inf)), axis=0)
+    lower, upper = (
+        np.take_along_axis(ordered, np.maximum(k, 0)[None], axis=0)[0]
+        for k in ((n_seen - 1) // 2, np.minimum(n_seen // 2, len(values) - 1))
+    )
+    return np.where(n_seen > 0, np.float32(0.5) * (lower + upper), np.float32(0))
 
 
 def median_target(

@@ -20,7 +20,7 @@ LAYERS = (
     ("stage",),
     ("read", "reference"),
     ("estimate", "reslice", "figures", "maps", "write"),
-    ("scanner_effects", "error_bars", "transforms"),
+    ("scanner_effects", "error_bars", "transforms", "wide_start"),
     ("run_model",),
     ("last_step", "realigned"),
     ("confounds", "truth"),

@@ -107,7 +107,10 @@ def test_values_may_stand_behind_config_as_with_snakemake(
         (["rest"], "config: 'rest' found; needs KEY=VALUE (a file goes behind --config)"),
         (["a b=1"], "config: 'a b=1' found; needs KEY=VALUE"),
         (["--config", "missing.yaml"], "config: missing.yaml: No such file or directory"),
-        (["reference=missing.nii"], "needs first, middle, mean or an existing file"),
+        (
+            ["reference=missing.nii"],
+            "mean, median, lowest-motion or an existing file",
+        ),
         (["bids_dir=/data"], "bids_dir is given and output_dir is not"),
     ],
 )

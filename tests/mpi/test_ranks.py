@@ -37,7 +37,7 @@ def test_every_volume_has_one_rank(n, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize("reference", ["first", "middle", "mean"])
+@pytest.mark.parametrize("reference", ["first", "mean", "median", "lowest-motion"])
 def test_same_bytes_for_any_ranks_and_threads(reference, tmp_path):
     """Of a run that is long enough for a model, with a volume of which slices were lost."""
     data = runs.ball_run(15)
@@ -82,6 +82,18 @@ def test_real_run_has_same_bytes_on_two_ranks(study, tmp_path):
         done = call(["realign", source, "--out", out, "--dtype", "int16"], ranks)
         assert done.returncode == 0, done.stderr
     assert runs.digests(tmp_path / "1") == runs.digests(tmp_path / "2")
+
+
+def test_head_turns_have_same_bytes_on_ranks_and_threads(study, tmp_path):
+    """Volumes that start far away, on whichever rank and thread they are."""
+    source = study / "sub-02" / "func" / "sub-02_task-headturn_run-1_bold.nii.gz"
+    found = []
+    for ranks, threads in [(1, 1), (1, 2), (2, 1), (3, 1)]:
+        out = tmp_path / f"{ranks}-{threads}"
+        done = call(["realign", source, "--out", out, "--threads", threads], ranks)
+        assert done.returncode == 0, done.stderr
+        found.append(digests(out))
+    assert all(other == found[0] for other in found)
 
 
 def test_failing_rank_ends_all_with_its_own_message(tmp_path):

@@ -77,9 +77,10 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         default=default.reference,
-        metavar="first|middle|mean|FILE",
+        metavar="first|middle|mean|median|lowest-motion|FILE",
         help="what volumes are realigned to; pose and grid are those of the first volume for "
-        "'mean' (default: %(default)s)",
+        "'mean' and 'median'; 'lowest-motion' is the volume that all others are nearest to "
+        "(default: %(default)s)",
     )
     _add_reslice_arguments(parser)
     parser.add_argument(
@@ -350,7 +351,7 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     with contextlib.ExitStack() as stack:
         stage_dir = on_first(world, lambda: _stage(args, run, settings, stack))
         n_mine = len(share(open_staged(stage_dir).n_volumes, world.size, world.rank))
-        n_mine *= 2 if settings.reference == "mean" else 1
+        n_mine *= 2 if settings.reslices_twice else 1
         label = run if world.size == 1 else f"{run} (one of {world.size} ranks)"
         with VolumeProgress(label, n_mine, is_shown=world.rank == 0) as progress:
             realign_staged(stage_dir, settings, world, Crew(n_threads, progress.count))

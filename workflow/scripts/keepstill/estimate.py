@@ -37,6 +37,10 @@ _MOST_UNEXPLAINED = 0.5
 _SCALE_RANGE = (0.1, 10.0)
 
 
+def _no_motion() -> NDArray[np.float64]:
+    return np.eye(4)
+
+
 def _no_step() -> NDArray[np.float64]:
     return np.zeros(6)
 
@@ -88,14 +92,14 @@ class Estimate:
 
 
 @dataclass
-class _Fit:
+class Fit:
     """State of a fit: the map about the reference's centre, and what the last step found.
 
     `shrinkage` is the last ratio of two steps on one level, and `next_mm` the step that is to be
     expected by it: what the fit is still away from its end.
     """
 
-    matrix: NDArray[np.float64]
+    matrix: NDArray[np.float64] = field(default_factory=_no_motion)
     scale: float = 1.0
     next_mm: float = np.inf
     shrinkage: float = 1.0
@@ -111,8 +115,9 @@ def estimate_motion(
     moving_affine: NDArray[np.float64],
     reference: Reference,
     settings: EstimateSettings,
+    start: Fit | None = None,
 ) -> Estimate:
-    """Rigid motion of a volume against the reference, starting from no motion.
+    """Rigid motion of a volume against the reference.
 
     Parameters
     ----------
@@ -121,6 +126,8 @@ def estimate_motion(
         World mm from voxel of the moving volume.
     reference : Reference
     settings : EstimateSettings
+    start : Fit, optional
+        Where to start from, and how many iterations led there; no motion by default.
 
     Returns
     -------
@@ -128,12 +135,12 @@ def estimate_motion(
         With status ``failed``, and the last map that was still sensible, where the fit does not
         converge, leaves the field of view or finds no signal.
     """
-    fit = _Fit(matrix=np.eye(4))
-    frames = *frames_of(moving_affine, reference), reference.basis
+    fit = Fit() if start is None else Fit(start.matrix, start.scale, iterations=start.iterations)
+    frames = *frames_of(moving_affine, reference.affine, reference.centre_mm), reference.basis
     n_most = settings.max_iterations
     for level in (reference.coarse, reference.fine):
         if not fit.lost:
-            _iterate(fit, level, moving, frames, (settings.tolerance_mm, n_most))
+            iterate(fit, level, moving, frames, (settings.tolerance_mm, n_most))
     rms = float(np.sqrt(fit.squares / max(fit.n_inside, 1)))
     converged = fit.next_mm <= settings.tolerance_mm and not fit.lost
     fits = rms**2 <= _MOST_UNEXPLAINED * reference.sd_intensity**2
@@ -152,25 +159,37 @@ def estimate_motion(
 
 
 def frames_of(
-    moving_affine: NDArray[np.float64], reference: Reference
+    moving_affine: NDArray[np.float64],
+    affine: NDArray[np.float64],
+    centre_mm: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Moving voxel <- centred world, and centred world <- reference voxel."""
-    from_centre = geometry.translation(reference.centre_mm)
-    to_centre = geometry.translation(-reference.centre_mm)
     return (
-        geometry.compose(geometry.inverse(moving_affine), from_centre),
-        geometry.compose(to_centre, reference.affine),
+        geometry.compose(geometry.inverse(moving_affine), geometry.translation(centre_mm)),
+        geometry.compose(geometry.translation(-centre_mm), affine),
     )
 
 
-def _iterate(
-    fit: _Fit,
+def iterate(
+    fit: Fit,
     level: Level,
     moving: Moving,
     frames: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
     limits: tuple[float, int],
 ) -> None:
-    """Take steps on one level until the next would be small (mm), or they lead nowhere."""
+    """Take steps on one level until the next would be small (mm), or they lead nowhere.
+
+    Parameters
+    ----------
+    fit : Fit
+        Changed in place.
+    level : Level
+    moving : Moving
+    frames : tuple of (4, 4) float64, (4, 4) float64, (8, m) float64
+        As `frames_of` gives them, and the steps that are allowed.
+    limits : tuple of float and int
+        Size of the next step, mm, and number of steps.
+    """
     tolerance_mm, most_iterations = limits
     basis = frames[2]
     n_points = int(level.points.rows[:, 3].sum())

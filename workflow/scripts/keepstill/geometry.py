@@ -111,6 +111,17 @@ def field_centre_mm(affine: Matrix, shape: tuple[int, int, int]) -> NDArray[np.f
     return world(affine, (np.array(shape, dtype=np.float64) - 1.0) / 2.0)
 
 
+def pose_places_mm(matrices: Matrix, centre_mm: NDArray[np.float64]) -> Matrix:
+    """Places (n, 12) whose distance is the rms displacement, mm, between (n, 4, 4) rigid maps.
+
+    Jenkinson 1999, TR99MJ1, for a ball of 80 mm radius about (3,) `centre_mm`: the square is that
+    of the centre's displacement, plus R^2 / 5 times that of the 3x3 parts.
+    """
+    centres = np.einsum("nij,j->ni", matrices[:, :3, :3], centre_mm) + matrices[:, :3, 3]
+    turned = HEAD_RADIUS_MM / math.sqrt(5.0) * matrices[:, :3, :3]
+    return np.concatenate([centres, turned.reshape(-1, 9)], axis=1)
+
+
 def displacement_mm(
     found: Matrix, truth: Matrix, points_mm: NDArray[np.float64]
 ) -> NDArray[np.float64]:

@@ -27,7 +27,8 @@ WITHOUT_EFFECT = (
 )
 
 MANIFESTS = "manifests"  # folder below the output directory
-REFERENCES = ("first", "middle", "mean")  # anything else is the path of a file
+# Anything else is the path of a file.
+REFERENCES = ("first", "middle", "mean", "median", "lowest-motion")
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def run_needs(layout: Layout, settings: RealignSettings, grid_voxels: int | None
     tables = PAGE_BYTES + n_volumes * TABLE_BYTES_PER_VOLUME
     grid = max(volume_voxels, nx * ny * nz)
     n_held = n_volumes  # of the result, or of the residuals that a run's model is fitted to
-    if not settings.reslice and settings.reference != "mean":
+    if not settings.reslice and not settings.reslices_twice:
         n_held = min(n_volumes, settings.estimate.model_volumes)
     return Needs(
         output_bytes=(made + maps) * COMPRESSED + tables,

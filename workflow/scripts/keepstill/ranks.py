@@ -30,7 +30,10 @@ from keepstill.realign import (
     estimate_volumes,
     finish_volumes,
     fitted_volumes,
+    lowest_motion_target,
     mean_target,
+    median_slices,
+    median_target,
     merged,
     model_volumes,
     write_residuals,
@@ -240,14 +243,36 @@ def realign_staged(
     """
     run = open_staged(stage_dir)
     target = together(world, lambda: choose_target(run, settings))
-    if settings.reference == "mean":
-        resliced = replace(settings, reslice=True, outside="zero", non_negative=False)
-        first = _realign_all(Task(run, target, resliced), world, crew)
-        estimates = list(first.estimates.values())
-        target = together(world, lambda: mean_target(run, target, estimates, settings))
+    if settings.reslices_twice or settings.reference == "lowest-motion":
+        target = _second_target(Task(run, target, settings), world, crew)
     found = _realign_all(Task(run, target, settings), world, crew)
     found = replace(found, estimates=with_error_bars(found.estimates))
     on_first(world, lambda: _finish(stage_dir, run, target, found))
+
+
+def _second_target(task: Task, world: Alone | World, crew: Crew) -> Target:
+    """The reference of a second pass, which a first one tells."""
+    run, first, settings = task.run, task.target, task.settings
+    if settings.reference == "lowest-motion":
+        estimates = _estimate_all(task, world, crew)
+        return together(world, lambda: lowest_motion_target(run, first, estimates, settings))
+    plain = replace(settings, reslice=True, outside="zero", non_negative=False)
+    found = _realign_all(Task(run, first, plain), world, crew)
+    estimates = list(found.estimates.values())
+    if settings.reference == "mean":
+        return together(world, lambda: mean_target(run, first, estimates, settings))
+    mine = share(run.voxels.shape[1], world.size, world.rank)
+    parts = together_all(world, lambda: median_slices(run, estimates, mine))
+    slices = {z: part for each in parts for z, part in each.items()}
+    return together(world, lambda: median_target(run, slices, settings))
+
+
+def _estimate_all(task: Task, world: Alone | World, crew: Crew) -> list[Estimate]:
+    """First estimates of all volumes, on all ranks."""
+    mine = share(task.run.n_volumes, world.size, world.rank)
+    quiet = replace(crew, on_volume=lambda t: None)
+    found = merged(together_all(world, lambda: estimate_volumes(task, mine, quiet)))
+    return list(found.estimates.values())
 
 
 def _realign_all(task: Task, world: Alone | World, crew: Crew) -> Part:

@@ -18,14 +18,16 @@ from keepstill.estimate import Estimate, estimate_motion
 from keepstill.kernels.aliasing import Fitted
 from keepstill.last_step import residuals_of, take_last_step, to_moving_voxel
 from keepstill.lost_slices import filled, find_lost_slices, slice_means
+from keepstill.manifest import REFERENCES
 from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.read import StagedRun, read_volume
-from keepstill.reference import Acquisition, Reference, prepare_reference
+from keepstill.reference import Acquisition, Reference, WideLevel, prepare_reference
 from keepstill.reslice import extend_volume, reslice_volume
 from keepstill.run_model import RunModel, fitted_to
 from keepstill.settings import RealignSettings
 from keepstill.smooth import fill_missing
 from keepstill.stage import enlarge_staged
+from keepstill.wide_start import better, prepare_wide_levels, wants_wide_start, wide_start
 
 Progress = Callable[[int], None]
 T = TypeVar("T")
@@ -34,6 +36,8 @@ T = TypeVar("T")
 _WORST_COST = 1.5
 # Seven numbers at each point want more volumes than that.
 _FEWEST_FOR_MODEL = 12
+# Values of a series that are in memory at once for a median: 32 MB, and three times that to sort.
+_MEDIAN_VALUES = 8_000_000
 _AT_REST = Estimate(np.eye(4), "ok", 0, 0.0, 1.0, 1.0)
 
 
@@ -119,14 +123,14 @@ def merged(parts: Iterable[Part]) -> Part:
 
 
 def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
-    """The reference that the settings name; for ``mean``, the first volume, to begin with.
+    """The reference that the settings name, or the first volume where it is found in two passes.
 
     Raises
     ------
     InputError
         If it shows no head, or the named file is not a volume.
     """
-    if settings.reference in ("first", "mean", "middle"):
+    if settings.reference in REFERENCES:
         n_dummy = run.n_dummy
         t = n_dummy + (run.n_volumes - n_dummy) // 2 if settings.reference == "middle" else n_dummy
         t = _next_with_signal(run, t)
@@ -165,14 +169,97 @@ def mean_target(
     """
     realigned = open_realigned(run, first.reference.volume.shape)
     total = np.zeros(first.reference.volume.shape)
-    steady = enumerate(estimates[run.n_dummy :], run.n_dummy)
-    good = [t for t, estimate in steady if estimate.status != "failed"]
+    good = _steady(run, estimates)
     for t in good:
         total += realigned[t]
     mean = (total / len(good)).astype(np.float32)
-    affine = first.reference.affine
-    source = mean, affine, "the mean volume"
-    return Target(_prepared(run, source, settings, first.own_grid), None, first.own_grid)
+    return _made_target(run, mean, settings)
+
+
+def median_slices(
+    run: StagedRun, estimates: list[Estimate], slices: Iterable[int]
+) -> dict[int, NDArray[np.float32]]:
+    """Voxelwise median of the realigned volumes, slice (z) by slice; no failed, no dummy ones.
+
+    No more than a few rows of the series are in memory at once.
+    """
+    realigned = open_realigned(run, run.voxels.shape[1:])
+    good = _steady(run, estimates)
+    n_rows = max(1, _MEDIAN_VALUES // (len(good) * realigned.shape[3]))
+    out = {}
+    for z in slices:
+        parts = [
+            _median_seen(realigned[good, z, y : y + n_rows])
+            for y in range(0, realigned.shape[2], n_rows)
+        ]
+        out[z] = np.concatenate(parts)
+    return out
+
+
+def _median_seen(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Median over the first axis of what was seen: 0 and NaN are outside the field of view.
+
+    At the ends of the field of view, half of a still head's volumes may not see a slice.
+    """
+    seen = np.isfinite(values) & (values != 0)
+    n_seen = seen.sum(axis=0)
+    ordered = np.sort(np.where(seen, values, np.float32(np.inf)), axis=0)
+    lower, upper = (
+        np.take_along_axis(ordered, np.maximum(k, 0)[None], axis=0)[0]
+        for k in ((n_seen - 1) // 2, np.minimum(n_seen // 2, len(values) - 1))
+    )
+    return np.where(n_seen > 0, np.float32(0.5) * (lower + upper), np.float32(0))
+
+
+def median_target(
+    run: StagedRun, slices: dict[int, NDArray[np.float32]], settings: RealignSettings
+) -> Target:
+    """The median of the realigned volumes as reference of a second pass, from all its slices.
+
+    Pose and grid stay those of the first volume.
+    """
+    return _made_target(run, np.stack([slices[z] for z in range(len(slices))]), settings)
+
+
+def lowest_motion_target(
+    run: StagedRun, first: Target, estimates: list[Estimate], settings: RealignSettings
+) -> Target:
+    """The volume that all others are nearest to, by the motion of a first pass.
+
+    Distance is the rms displacement of a head of 80 mm radius (Jenkinson 1999, TR99MJ1), its mean
+    over the run's steady volumes that have not failed. Volumes that fit badly, or have lost
+    slices, are no reference.
+    """
+    candidates = _good(run, estimates)
+    if not candidates:
+        return first
+    matrices = np.array([estimate.moving_from_reference for estimate in estimates])
+    places = geometry.pose_places_mm(matrices, first.reference.centre_mm)
+    others = places[_steady(run, estimates)]
+    far_mm = [np.sqrt(((others - places[t]) ** 2).sum(axis=1)).mean() for t in candidates]
+    t = candidates[int(np.argmin(far_mm))]
+    source = run.volume(t), run.layout.affine, f"volume {t}"
+    return Target(_prepared(run, source, settings, own_grid=True), t)
+
+
+def _made_target(run: StagedRun, volume: NDArray[np.float32], settings: RealignSettings) -> Target:
+    source = volume, run.layout.affine, f"the {settings.reference} volume"
+    return Target(_prepared(run, source, settings, own_grid=True), None)
+
+
+def _steady(run: StagedRun, estimates: list[Estimate]) -> list[int]:
+    """Steady volumes that have not failed."""
+    return [t for t in range(run.n_dummy, run.n_volumes) if estimates[t].status != "failed"]
+
+
+def _good(run: StagedRun, estimates: list[Estimate]) -> list[int]:
+    """Steady volumes without lost slices that fit well."""
+    whole = [t for t in _steady(run, estimates) if not estimates[t].lost_slices]
+    costs = [estimates[t].cost for t in whole if estimates[t].status == "ok"]
+    if not costs:
+        return []
+    most = _WORST_COST * float(np.median(costs))
+    return [t for t in whole if estimates[t].cost <= most]
 
 
 def estimate_volumes(task: Task, volumes: Iterable[int], crew: Crew) -> Part:
@@ -189,15 +276,8 @@ def model_volumes(task: Task, estimates: list[Estimate]) -> list[int]:
 
     Empty where they are too few.
     """
-    run, n_most = task.run, task.settings.estimate.model_volumes
-    steady = [t for t in range(run.n_dummy, run.n_volumes) if estimates[t].status != "failed"]
-    whole = [t for t in steady if not estimates[t].lost_slices]
-    costs = [estimates[t].cost for t in whole if estimates[t].status == "ok"]
-    if not costs:
-        return []
-    most = _WORST_COST * float(np.median(costs))
-    good = [t for t in whole if estimates[t].cost <= most]
-    n = min(n_most, len(good))
+    good = _good(task.run, estimates)
+    n = min(task.settings.estimate.model_volumes, len(good))
     if n < _FEWEST_FOR_MODEL:
         return []
     return [good[(2 * i + 1) * len(good) // (2 * n)] for i in range(n)]
@@ -321,6 +401,7 @@ class _Worker:
         self._slice_means = slice_means(whole)
         self._local = threading.local()
         self._lock = threading.Lock()
+        self._wide: list[WideLevel] | None = None
         self.missing: NDArray[np.bool_] | None = None
         self.n_missing = 0
 
@@ -336,7 +417,15 @@ class _Worker:
         settings = self._settings.estimate
         lost = find_lost_slices(volume, self._slice_means)
         moving = self._moving(volume, lost)
-        return estimate_motion(moving, self._affine, self._reference, settings)
+        first = estimate_motion(moving, self._affine, self._reference, settings)
+        if not wants_wide_start(first, self._reference):
+            return first
+        start = wide_start(moving.volume, self._affine, self._reference, self._wide_levels())
+        if start is None:
+            return first
+        return better(
+            first, estimate_motion(moving, self._affine, self._reference, settings, start)
+        )
 
     def residuals(
         self, t: int, estimate: Estimate
@@ -388,6 +477,13 @@ class _Worker:
         coefficients, _ = self._work_space()
         degree = self._settings.estimate.degree
         return prepare_moving(filled(volume, lost), degree, coefficients, lost)
+
+    def _wide_levels(self) -> list[WideLevel]:
+        """What wide starts go by; no volume of an ordinary run asks for it."""
+        with self._lock:
+            if self._wide is None:
+                self._wide = prepare_wide_levels(self._reference)
+            return self._wide
 
     def _note_missing(self, missing: NDArray[np.bool_]) -> None:
         with self._lock:

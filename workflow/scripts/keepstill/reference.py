@@ -240,6 +240,55 @@ def wide_lowpassed(reference: Reference) -> Wide:
     return Wide(smooth[_voxels(rows)], jacobian, _ghost_slopes(ghost, rows, axis))
 
 
+def thinned(
+    volume: Volume, affine: NDArray[np.float64], fwhm_mm: float
+) -> tuple[Volume, NDArray[np.float64]]:
+    """A volume low-passed as widely in all directions, and its affine, on every n-th voxel.
+
+    Widths are in mm: a turned head is blurred as it was before. Axes keep four voxels a width,
+    and eight voxels where they have them.
+    """
+    sizes_mm = geometry.voxel_sizes_mm(affine)
+    widths = [fwhm_mm / float(size) for size in sizes_mm]
+    smooth = lowpass(volume, widths[::-1])
+    most = [max(1, n // _SHORTEST_AXIS_WITH_BORDER) for n in volume.shape[::-1]]
+    nx, ny, nz = (max(1, min(int(w / 4), n)) for w, n in zip(widths, most, strict=True))
+    every = np.diag([float(nx), float(ny), float(nz), 1.0])
+    return np.ascontiguousarray(smooth[::nz, ::ny, ::nx]), geometry.compose(affine, every)
+
+
+@dataclass(frozen=True)
+class WideLevel:
+    """Sampling points of a strongly low-passed reference, in and around the head.
+
+    Attributes
+    ----------
+    fwhm_mm : float
+    level : Level
+    affine : (4, 4) float64
+        World mm from voxel of the thinned grid that the points are on.
+    variance : float
+        Of the values at the points.
+    """
+
+    fwhm_mm: float
+    level: Level
+    affine: NDArray[np.float64]
+    variance: float
+
+
+def prepare_wide(reference: Reference, fwhm_mm: float) -> WideLevel:
+    """What a start far away goes by: the reference, low-passed, without a ghost."""
+    volume, affine = thinned(reference.volume, reference.affine, fwhm_mm)
+    rim = round(0.5 * fwhm_mm / float(geometry.voxel_sizes_mm(affine).min()))
+    rows = _rows(head_mask(volume, rim))
+    images = Images(volume, world_gradient(volume, affine), np.zeros_like(volume))
+    points = _points(rows, (images, images), affine, reference.centre_mm)
+    mean = float(points.values.mean(dtype=np.float64))
+    level = _level(points, np.array([0, len(rows)]), mean, inset_voxels=0.0, rough=True)
+    return WideLevel(fwhm_mm, level, affine, float(points.values.var(dtype=np.float64)))
+
+
 def _ghost(volume: Volume, axis: int | None) -> Volume:
     """The image as its ghost shows it: half a field of view away, come round at the border."""
     if axis is None or volume.shape[2 - axis] < _SHORTEST_AXIS_WITH_BORDER:

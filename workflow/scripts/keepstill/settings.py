@@ -51,7 +51,8 @@ class RealignSettings:
     Attributes
     ----------
     reference : str
-        ``first``, ``middle``, ``mean`` or the path of a 3-D NIfTI file.
+        ``first``, ``middle``, ``mean``, ``median``, ``lowest-motion`` or the path of a 3-D NIfTI
+        file.
     interpolation_degree : int
         Degree of the B-spline that reslices, 1 to 5.
     outside : str
@@ -132,6 +133,11 @@ class RealignSettings:
             raise SettingsError(
                 f"dummy_scans: {self.dummy_scans!r} found; needs auto or a number of volumes"
             )
+
+    @property
+    def reslices_twice(self) -> bool:
+        """Whether the reference is made of realigned volumes."""
+        return self.reference in ("mean", "median")
 
     def to_json(self) -> str:
         """These settings as one line of JSON with sorted keys, equal for equal settings."""

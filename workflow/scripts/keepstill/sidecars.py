@@ -148,7 +148,9 @@ def _reference(result: Realigned) -> str:
         content = portable_settings(settings)["reference"]
         return f"{Path(settings.reference).name} ({content})"
     volumes = np.flatnonzero(result.per_volume["status"] == "reference")
-    return f"volume {volumes[0]}" if volumes.size else "mean of the realigned volumes"
+    if volumes.size:
+        return f"volume {volumes[0]}"
+    return f"{settings.reference} of the realigned volumes"
 
 
 def _in_space(result: Realigned) -> dict[str, Any]:

@@ -14,17 +14,23 @@ _FILL_FWHM_VOXELS = 3.0
 _LEAST_FILL_WEIGHT = 1e-3
 
 
-def lowpass(volume: Volume, fwhm_voxels: float) -> Volume:
-    """Gaussian low-pass of a (nz, ny, nx) volume, mirrored borders; width 0 changes nothing."""
-    if fwhm_voxels == 0:
-        return volume
+def lowpass(volume: Volume, fwhm_voxels: float | Sequence[float]) -> Volume:
+    """Gaussian low-pass of a (nz, ny, nx) volume, mirrored borders; width 0 changes nothing.
+
+    One width for all axes, or one for each of z, y, x.
+    """
+    widths = [fwhm_voxels] * 3 if isinstance(fwhm_voxels, int | float) else fwhm_voxels
+    for axis, width in enumerate(widths):
+        if width > 0:
+            volume = _filtered(volume, _gaussian_taps(width), axis)
+    return volume
+
+
+def _gaussian_taps(fwhm_voxels: float) -> list[float]:
     sd = fwhm_voxels / _FWHM_PER_SD
     reach = int(np.ceil(3.5 * sd))
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sd) ** 2)
-    taps /= taps.sum()
-    for axis in range(3):
-        volume = _filtered(volume, [float(t) for t in taps], axis)
-    return volume
+    return [float(tap) for tap in taps / taps.sum()]
 
 
 def _filtered(volume: Volume, taps: Sequence[float], axis: int) -> Volume:

@@ -375,7 +375,7 @@ def _checked_stamp(source: Path, run: str) -> Any:
 def _reserve(stage_dir: Path, layout: Layout, settings: RealignSettings, run: str) -> Path:
     """Folder that has room for the run and its result, taken before a byte is written."""
     n_voxels, n_volumes = int(np.prod(layout.shape[:3], dtype=np.int64)), layout.shape[3]
-    if not settings.reslice and settings.reference != "mean":  # residuals need room all the same
+    if not settings.reslice and not settings.reslices_twice:  # residuals need room all the same
         n_volumes = min(n_volumes, settings.estimate.model_volumes)
     sizes = {STAGED_VOXELS: layout.n_bytes, REALIGNED_VOXELS: 4 * n_voxels * n_volumes}
     needed = sum(sizes.values())

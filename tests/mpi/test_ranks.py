@@ -92,7 +92,7 @@ def test_head_turns_have_same_bytes_on_ranks_and_threads(study, tmp_path):
         out = tmp_path / f"{ranks}-{threads}"
         done = call(["realign", source, "--out", out, "--threads", threads], ranks)
         assert done.returncode == 0, done.stderr
-        found.append(digests(out))
+        found.append(runs.digests(out))
     assert all(other == found[0] for other in found)
 
 

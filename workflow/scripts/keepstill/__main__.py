@@ -158,7 +158,9 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     part = "PART"
     for name, kind, default, metavar, about in (
         ("--subjects", int, 4, "N", "number of subjects"),
-        ("--runs", int, 1, "N", "number of runs of each"),
+        ("--sessions", int, None, "N", "of each subject; None: no such level"),
+        ("--runs", int, 1, "N", "number of runs of each session"),
+        ("--echoes", int, None, "N", "of each run, with motion in common; None: one, at 30 ms"),
         ("--volumes", int, None, "N", "of each run; None: 200, or as many as FILE has"),
         ("--seed", int, 1, "N", "the same seed gives the same bytes"),
         ("--tr-s", float, 2.0, "S", "seconds from volume to volume"),
@@ -186,6 +188,14 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         parser.add_argument(name, type=kind, nargs="+", default=three, metavar="X", help=about)
+    parser.add_argument(
+        "--echo-times-ms",
+        type=float,
+        nargs="+",
+        metavar="MS",
+        help="of each echo, the shortest first; None: 14, 32, 50 and so on",
+    )
+    parser.add_argument("--sbref", action="store_true", help="a single-band reference of each run")
     parser.add_argument("--slice-timing", action="store_true", help="slices one after the other")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, or an empty one")
 
@@ -330,16 +340,30 @@ def _three(name: str, given: Sequence[float]) -> tuple[float, ...]:
     return tuple(given) * (3 // len(given))
 
 
+def _echo_times_ms(n: int | None, given: Sequence[float] | None) -> tuple[float, ...]:
+    """Times of a run's echoes from their number, their times, or both."""
+    from keepstill.phantom import default_echo_times_ms
+
+    if n is not None and n < 1:
+        raise SettingsError(f"--echoes: {n} found; needs 1 or more")
+    if n is not None and given and len(given) != n:
+        raise SettingsError(
+            f"--echo-times-ms: {len(given)} numbers found; needs one for each echo ({n})"
+        )
+    return tuple(given) if given else default_echo_times_ms(n or 0)
+
+
 def _simulate(args: argparse.Namespace) -> int:
     from keepstill.phantom import Effects
     from keepstill.simulate import StudyPlan, simulate_study
 
     values = vars(args) | {name: _three(name, getattr(args, name)) for name in TRIPLES}
+    values["echo_times_ms"] = _echo_times_ms(args.echoes, args.echo_times_ms)
     effects = Effects(**{f.name: values[f.name] for f in fields(Effects)})
     of_plan = {f.name: values[f.name] for f in fields(StudyPlan) if f.name in values}
     plan = StudyPlan(**of_plan, effects=effects)
     n_threads = args.threads or len(os.sched_getaffinity(0))
-    n = plan.n_volumes * plan.runs * plan.subjects
+    n = plan.n_written
     with VolumeProgress(f"{args.out}", n, is_shown=True) as progress:
         simulate_study(args.out, plan, n_threads, progress.count)
     print(f"{n} volumes of {plan.subjects} subjects in {args.out}")

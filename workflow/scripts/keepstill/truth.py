@@ -12,6 +12,7 @@ from keepstill.errors import InputError
 
 TRUTH = Path("derivatives") / "truth"
 TRANSFORMS = "from-orig_to-boldref_mode-image_desc-truth_xfm.txt"
+SBREF_TRANSFORM = "from-sbref_to-boldref_mode-image_desc-truth_xfm.txt"
 BRAIN = "desc-brain_mask.nii.gz"
 BOUND = "CramerRaoBoundMillimetres"
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -32,7 +32,8 @@ from cases import (
 )
 from keepstill import geometry
 from keepstill.phantom import numbers_of, pose_of
-from keepstill.truth import BOUND, read_transforms, read_truth, truth_path
+from keepstill.transforms.itk import read_itk
+from keepstill.truth import BOUND, read_truth, truth_path
 from made_runs import default_folder, made_run, plan_of
 
 Array = np.ndarray
@@ -144,7 +145,7 @@ def run_errors(source: Path) -> Errors:
             raise SystemExit(f"{source}: keepstill realign failed\n{done.stderr}")
         (transforms,) = Path(folder).rglob("*_xfm.txt")
         (confounds,) = Path(folder).rglob("*_desc-confounds_timeseries.tsv")
-        return errors_of(source, read_transforms(transforms), read_columns(confounds))
+        return errors_of(source, read_itk(transforms), read_columns(confounds))
 
 
 def errors_of(source: Path, found: Array, confounds: dict[str, list[str]]) -> Errors:

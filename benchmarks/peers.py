@@ -15,7 +15,7 @@ import numpy as np
 from accuracy import errors_of, read_columns
 from cases import CASES, POINT_SPREADS
 from cost import gzip, realign_command
-from keepstill.truth import read_transforms
+from keepstill.transforms.itk import read_itk
 from made_runs import default_folder, made_run, plan_of
 from spent import Spent, spent
 
@@ -28,7 +28,7 @@ def by_keepstill(source: Path, folder: Path) -> tuple[np.ndarray, Spent]:
     (transforms,) = folder.rglob("*_xfm.txt")
     (confounds,) = folder.rglob("*_desc-confounds_timeseries.tsv")
     assert read_columns(confounds)["status"][0] == "reference"
-    return read_transforms(transforms), cost
+    return read_itk(transforms), cost
 
 
 def by_peer(python: Path, tool: str, source: Path, folder: Path) -> tuple[np.ndarray, Spent]:

@@ -114,6 +114,16 @@ def fill_directly(rows, spans, coefficients_, degree, matrix):
     return out
 
 
+def fill_nearest(rows, spans, coefficients_, degree, matrix, shape):
+    """Values at the nearest points of the field of a (nx, ny, nz) grid, outside rows' spans."""
+    out = np.zeros((rows[:, 3] + rows[:, 4]).max())
+    for (y, z, x, n, at), (first, last) in zip(rows, spans, strict=True):
+        for i in (i for i in range(n) if not first <= i < last):
+            position = (matrix @ (x + i, y, z, 1.0))[:3]
+            out[at + i] = sample(coefficients_, degree, np.clip(position, 0, np.array(shape) - 1))
+    return out
+
+
 def fill_unmoved(rows, spans, volume):
     """Voxels at the points of rows; 0 outside a row's span."""
     out = np.zeros((rows[:, 3] + rows[:, 4]).max())

@@ -10,6 +10,8 @@ from nitransforms.linear import load as load_transform
 
 import runs
 from keepstill import phantom
+from keepstill.report.run_page import ERROR_COLUMN, FIT_COLUMNS
+from keepstill.report.run_record import MOTION_COLUMNS
 from keepstill.settings import RealignSettings
 
 with warnings.catch_warnings():
@@ -68,6 +70,10 @@ def test_columns_have_a_fixed_order(columns):
         *(f"motion_outlier{k:02d}" for k in range(3)),
     ]
     assert list(columns) == expected
+
+
+def test_pages_find_their_columns(columns):
+    assert {*MOTION_COLUMNS, *FIT_COLUMNS, ERROR_COLUMN} <= columns.keys()
 
 
 def test_every_column_is_described(made, columns):

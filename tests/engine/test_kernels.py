@@ -154,6 +154,21 @@ def test_fill_directly(degree, seed):
     np.testing.assert_allclose(out, expected, atol=5e-5)
 
 
+@pytest.mark.parametrize("degree", DEGREES)
+def test_fill_nearest(degree):
+    """Rows that cross the field, and rows that miss it; what lies inside is left alone."""
+    volume, matrix = volume_of((5, 6, 19), 3), moved(3, shift=2.5)
+    rows = grid_rows((6, 7, 24))
+    spans = narrowed(rows, matrix, volume)
+    assert {True, False} == set((spans[:, 1] > spans[:, 0]).tolist())
+    out = np.zeros(rows[:, 3].sum(), np.float32)
+    spline, full = (degree, *bspline.tap_slots(degree)), full_coefficients(volume, degree)
+    sampling.fill_nearest(out, rows, spans, full, spline, matrix, volume.shape[::-1])
+    coefficients = naive.fill_coefficients(volume, degree)
+    expected = naive.fill_nearest(rows, spans, coefficients, degree, matrix, volume.shape[::-1])
+    np.testing.assert_allclose(out, expected, atol=5e-5)
+
+
 def test_rows_longer_than_a_chunk():
     volume = volume_of((3, 3, 150))
     rows = grid_rows(volume.shape)

@@ -53,7 +53,7 @@ def make_columns(n_volumes, step_mm, seed=0):
     columns["iterations"] = np.full(n_volumes, 4.0)
     columns["cost"] = np.full(n_volumes, 0.0123)
     columns["overlap"] = np.full(n_volumes, 0.97)
-    columns["expected_error_mm"] = np.full(n_volumes, 0.008)
+    columns["expected_error"] = np.full(n_volumes, 0.008)
     return columns
 
 
@@ -80,7 +80,7 @@ def make_run(output_dir, run="sub-01_task-rest", n_volumes=40, step_mm=0.02, **c
     status = ["reference"] + ["ok"] * (n_volumes - 1)
     for volume in failed:
         status[volume] = "failed"
-        for name in ("framewise_displacement", "rmsd", "dvars", "std_dvars", "expected_error_mm"):
+        for name in ("framewise_displacement", "rmsd", "dvars", "std_dvars", "expected_error"):
             if name in columns:
                 columns[name][volume] = np.nan
     table = f"{run.split('_')[0]}/func/{run}_desc-confounds_timeseries.tsv"
@@ -449,10 +449,10 @@ def test_a_missing_table_is_refused(tmp_path):
 
 def test_an_optional_column_may_be_missing(tmp_path):
     columns = make_columns(10, 0.02)
-    del columns["expected_error_mm"]
+    del columns["expected_error"]
     write_table(tmp_path / "t.tsv", columns, ["ok"] * 10)
-    confounds = read_confounds(tmp_path / "t.tsv", ["dvars"], ["expected_error_mm"])
-    assert np.isnan(confounds.columns["expected_error_mm"]).all()
+    confounds = read_confounds(tmp_path / "t.tsv", ["dvars"], ["expected_error"])
+    assert np.isnan(confounds.columns["expected_error"]).all()
     assert np.isfinite(confounds.columns["dvars"]).sum() == 9
 
 

@@ -66,6 +66,24 @@ def test_same_bytes_for_any_ranks_and_threads(reference, tmp_path):
     assert columns["n_lost_slices"][4] == "2" and "n/a" not in columns["expected_error"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--outside", "nearest", "--non-negative", "--dtype", "int16"),
+        ("--outside", "nan", "--common-field", "--interpolation-degree", "2"),
+    ],
+)
+def test_reslicing_options_have_same_bytes_for_any_ranks_and_threads(options, tmp_path):
+    source = runs.write_run(tmp_path / "in" / "a_bold.nii.gz", runs.ball_run(7))
+    found = []
+    for ranks, threads in [(1, 2), (2, 1)]:
+        out = tmp_path / f"out-{ranks}"
+        done = call(["realign", source, "--out", out, "--threads", threads, *options], ranks)
+        assert done.returncode == 0, done.stderr
+        found.append(digests(out))
+    assert found[0] == found[1]
+
+
 def test_real_run_has_same_bytes_on_two_ranks(study, tmp_path):
     source = study / "sub-03" / "func" / "sub-03_task-rest_bold.nii.gz"
     for ranks in (1, 2):

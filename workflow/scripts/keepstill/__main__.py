@@ -1,4 +1,4 @@
-"""The command line: ``realign``, ``plan``, ``config``, ``simulate``, ``selftest``, ``warm``."""
+"""The command line: realign, apply, plan, config, summary, simulate, selftest, warm."""
 
 import argparse
 import contextlib
@@ -7,15 +7,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from keepstill import __version__
-from keepstill.errors import KeepstillError, SettingsError
+from keepstill.errors import KeepstillError, LaunchError, SettingsError, counted
 from keepstill.progress import VolumeProgress
-from keepstill.settings import RealignSettings
+from keepstill.settings import FD_FILTERS, OUTSIDE, EstimateSettings, RealignSettings
 from keepstill.start import start_quickly
 
 TRIPLES = ("voxel_mm", "shape", "point_spread_voxels")
@@ -23,6 +24,17 @@ EPILOG = """\
 A run is realigned where this command runs: on all cores that the process may use, or on the ranks
 that a launcher starts (mpirun -n 8 keepstill realign ...). The outputs have the same bytes.
 """
+
+
+class Command(NamedTuple):
+    """A command: its name, what it runs, what fills its parser, and what --help says of it."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    about: str
+    description: str
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,49 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="keepstill", description="Realign fMRI runs.")
     parser.add_argument("--version", action="version", version=f"keepstill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    realign = commands.add_parser(
-        "realign", help="realign one run", description="Realign one run.", epilog=EPILOG
-    )
-    _add_realign_arguments(realign)
-    realign.set_defaults(command=_realign)
-    plan = commands.add_parser(
-        "plan",
-        help="say what of a study is to do and what it will take",
-        description="Say how many runs of a study are found, complete and to do, and what those "
-        "to do will take: GB of output, shared memory a lane, CPU minutes. Nothing is started. "
-        "The configuration is given as to keepstill config.",
-    )
-    _add_config_arguments(plan)
-    plan.set_defaults(command=_plan)
-    config = commands.add_parser(
-        "config",
-        help="print the configuration that a study would be realigned with",
-        description="Check a configuration and print it, complete and with absolute paths, as "
-        "YAML. The rules are those of snakemake --configfile FILE --config KEY=VALUE.",
-    )
-    _add_config_arguments(config)
-    config.set_defaults(command=_config)
-    simulate = commands.add_parser(
-        "simulate",
-        help="make a study of known motion",
-        description="Make a BIDS study of made-up heads, with the truth of their motion beside it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _add_simulate_arguments(simulate)
-    simulate.set_defaults(command=_simulate)
-    selftest = commands.add_parser(
-        "selftest",
-        help="realign a small simulated study and compare it with the truth",
-        description="Simulate a small study in the stage root, realign it through the workflow as "
-        "snakemake would, and say how far it is from the truth, how long it took, and where the "
-        "ranks ran. Exits with 1 if that is too far. Leaves nothing behind.",
-    )
-    _add_selftest_arguments(selftest)
-    selftest.set_defaults(command=_selftest)
-    warm = commands.add_parser(
-        "warm", help="compile the kernels, once", description="Compile the kernels, once."
-    )
-    warm.set_defaults(command=_warm)
+    for command in COMMANDS:
+        added = commands.add_parser(
+            command.name, help=command.about, description=command.description, **command.options
+        )
+        command.add_arguments(added)
+        added.set_defaults(command=command.run)
     return parser
 
 
@@ -106,28 +81,9 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         help="what volumes are realigned to; pose and grid are those of the first volume for "
         "'mean' (default: %(default)s)",
     )
-    parser.add_argument(
-        "--interpolation-degree",
-        type=int,
-        choices=range(1, 6),
-        default=default.interpolation_degree,
-        help="of the B-spline that reslices (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "int16"),
-        default=default.output_dtype,
-        help="of the realigned run; int16 gets a fitted slope (default: %(default)s)",
-    )
+    _add_reslice_arguments(parser)
     parser.add_argument(
         "--no-reslice", action="store_true", help="write transforms and tables only"
-    )
-    parser.add_argument(
-        "--affine-source",
-        choices=("auto", "sform", "qform"),
-        default=default.affine_source,
-        help="which of the header's affines is true (default: %(default)s: the sform if it has a "
-        "code; two that disagree are refused)",
     )
     parser.add_argument(
         "--dummy-scans",
@@ -142,6 +98,74 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="motion within the slice plane only; one slice will do",
     )
+    _add_fd_filter_arguments(parser)
+    _add_run_arguments(parser)
+
+
+def _add_fd_filter_arguments(parser: argparse.ArgumentParser) -> None:
+    default = RealignSettings()
+    parser.add_argument(
+        "--fd-filter",
+        choices=FD_FILTERS,
+        default=default.fd_filter,
+        help="add framewise displacement of motion without breathing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fd-notch-per-min",
+        type=float,
+        nargs=2,
+        default=(default.fd_notch_low_per_min, default.fd_notch_high_per_min),
+        metavar=("LOW", "HIGH"),
+        help="breaths a minute that the notch stops (default: 12 18, for adults)",
+    )
+    parser.add_argument(
+        "--fd-lowpass-per-min",
+        type=float,
+        default=default.fd_lowpass_per_min,
+        metavar="F",
+        help="cycles a minute up to which the low-pass keeps motion (default: %(default)s)",
+    )
+
+
+def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bold", type=Path, metavar="BOLD", help="4-D .nii or .nii.gz file")
+    parser.add_argument(
+        "--xfm",
+        type=Path,
+        required=True,
+        metavar="XFM",
+        help="one transform a volume: ITK text, as keepstill writes it; an mcflirt .mat folder or "
+        ".par file; AFNI's .aff12.1D; SPM's rp_*.txt",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE|DIR", help=".nii.gz, .nii, or a folder"
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="3-D image whose grid the volumes are put on (default: the run's own grid)",
+    )
+    parser.add_argument(
+        "--voxel-mm",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="edges of the voxels, one or three, about the centre of that grid",
+    )
+    _add_reslice_arguments(parser)
+    _add_run_arguments(parser)
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a run is read, and where it is worked on."""
+    parser.add_argument(
+        "--affine-source",
+        choices=("auto", "sform", "qform"),
+        default=RealignSettings().affine_source,
+        help="which of the header's affines is true (default: %(default)s: the sform if it has a "
+        "code; two that disagree are refused)",
+    )
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="threads a rank (default: its affinity mask)"
     )
@@ -151,6 +175,40 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("/dev/shm"),
         metavar="DIR",
         help="where the run is decompressed meanwhile (default: %(default)s)",
+    )
+
+
+def _add_reslice_arguments(parser: argparse.ArgumentParser) -> None:
+    default = RealignSettings()
+    parser.add_argument(
+        "--interpolation-degree",
+        type=int,
+        choices=range(1, 6),
+        default=default.interpolation_degree,
+        help="of the B-spline that reslices (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "int16"),
+        default=default.output_dtype,
+        help="of the realigned run; int16 gets a fitted slope (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--outside",
+        choices=OUTSIDE,
+        default=default.outside,
+        help="what a voxel holds whose source lies outside a volume's field of view; nan wants "
+        "float32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--common-field",
+        action="store_true",
+        help="in all volumes, leave only voxels that lie in the field of every volume",
+    )
+    parser.add_argument(
+        "--non-negative",
+        action="store_true",
+        help="make negative values 0, to which a spline swings at sharp edges",
     )
 
 
@@ -220,6 +278,19 @@ def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_summary_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "derivatives", type=Path, metavar="DERIVATIVES", help="an output_dir of keepstill"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the table, .tsv; a JSON beside it says what its columns are "
+        "(default: summary.tsv in DERIVATIVES)",
+    )
+
+
 def _dummy_scans(text: str) -> str | int:
     return text if text == "auto" else int(text)
 
@@ -251,14 +322,28 @@ def _realign(args: argparse.Namespace) -> int:
 
     settings = RealignSettings(
         reference=args.reference,
-        interpolation_degree=args.interpolation_degree,
+        **_reslice_values(args),
         reslice=not args.no_reslice,
-        output_dtype=args.dtype,
         affine_source=args.affine_source,
         dummy_scans=args.dummy_scans,
         in_plane=args.in_plane,
+        fd_filter=args.fd_filter,
+        fd_notch_low_per_min=args.fd_notch_per_min[0],
+        fd_notch_high_per_min=args.fd_notch_per_min[1],
+        fd_lowpass_per_min=args.fd_lowpass_per_min,
     )
     return run_in_world(None, lambda world: _realign_in_world(args, settings, world))
+
+
+def _reslice_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that `_add_reslice_arguments` asks for."""
+    return {
+        "interpolation_degree": args.interpolation_degree,
+        "output_dtype": args.dtype,
+        "outside": args.outside,
+        "common_field": args.common_field,
+        "non_negative": args.non_negative,
+    }
 
 
 def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world: Any) -> None:
@@ -299,6 +384,42 @@ def _stage(
     return stage_dir
 
 
+def _apply(args: argparse.Namespace) -> int:
+    """Stage a run, put it on the grid that is wanted, and say where it is."""
+    start_quickly()
+    from keepstill.apply import Wanted, output_path, prepare_work, write_resliced
+    from keepstill.bids import run_name
+    from keepstill.files import claim_output_dir
+    from keepstill.ranks import launched_size
+    from keepstill.read import open_staged
+    from keepstill.stage import private_stage_root, single_stage_dir, stage_run
+
+    if (launched_size() or 1) > 1:
+        raise LaunchError("keepstill apply works with threads, not with ranks; call it alone")
+    began_s = time.perf_counter()
+    # One slice will do, and there is nothing to estimate, so nothing to keep room for.
+    settings = RealignSettings(
+        **_reslice_values(args),
+        affine_source=args.affine_source,
+        reslice=False,
+        in_plane=True,
+        estimate=EstimateSettings(model_volumes=0),
+    )
+    voxel_mm = None if args.voxel_mm is None else _three("voxel_mm", args.voxel_mm)
+    wanted = Wanted(args.xfm, args.reference, voxel_mm, settings)
+    run, n_threads = run_name(args.bold), args.threads or len(os.sched_getaffinity(0))
+    path = output_path(args.out, run)
+    claim_output_dir(path.parent, run)
+    with single_stage_dir(private_stage_root(args.stage_root)) as stage_dir:
+        stage_run(args.bold, run, None, stage_dir, settings)
+        work = prepare_work(open_staged(stage_dir), wanted)
+        write_resliced(work, wanted, path, n_threads)
+    seconds = time.perf_counter() - began_s
+    shape = " x ".join(map(str, work.grid.shape))
+    print(f"{run}: {work.run.n_volumes} volumes of {shape} voxels in {path} ({seconds:.1f} s)")
+    return 0
+
+
 def _given_config(args: argparse.Namespace) -> tuple[dict[str, Any], frozenset[str], Path]:
     """The configuration that was asked for, the keys that were given, and the clone."""
     from keepstill.config_files import find_clone, load_config
@@ -329,6 +450,19 @@ def _config(args: argparse.Namespace) -> int:
     config = effective_config(*_given_config(args))
     settings_of(config)  # refuses a reference that is not there
     print(config_text(config), end="")
+    return 0
+
+
+def _summary(args: argparse.Namespace) -> int:
+    """Write the table of a study's runs and say where it is."""
+    from keepstill.summary import TABLE, summarise, write_summary
+
+    path = args.out or args.derivatives / TABLE
+    if path.suffix != ".tsv":
+        raise SettingsError(f"--out: {path} found; needs the name of a .tsv file")
+    table = summarise(args.derivatives)
+    write_summary(table, path)
+    print(f"{counted(len(table['name']), 'run')} in {path}")
     return 0
 
 
@@ -388,6 +522,56 @@ def _warm(args: argparse.Namespace) -> int:
     warm_kernels()
     return 0
 
+
+# In the order in which --help lists them.
+COMMANDS = (
+    Command(
+        *("realign", _realign, _add_realign_arguments, "realign one run"),
+        description="Realign one run.",
+        options={"epilog": EPILOG},
+    ),
+    Command(
+        *("apply", _apply, _add_apply_arguments, "apply given transforms to one run"),
+        "Apply given transforms, one a volume, to one run in one interpolation: those of "
+        "another echo, of keepstill or of another tool, on the run's own grid, that of "
+        "another image, or one of other voxels.",
+    ),
+    Command(
+        *("plan", _plan, _add_config_arguments),
+        "say what of a study is to do and what it will take",
+        "Say how many runs of a study are found, complete and to do, and what those to do "
+        "will take: GB of output, shared memory a lane, CPU minutes. Nothing is started. The "
+        "configuration is given as to keepstill config.",
+    ),
+    Command(
+        *("config", _config, _add_config_arguments),
+        "print the configuration that a study would be realigned with",
+        "Check a configuration and print it, complete and with absolute paths, as YAML. The "
+        "rules are those of snakemake --configfile FILE --config KEY=VALUE.",
+    ),
+    Command(
+        *("summary", _summary, _add_summary_arguments),
+        "make one table of all complete runs",
+        "Make a table of all complete runs of a derivative data set, a row a run: motion, "
+        "outliers, failed volumes, temporal signal-to-noise ratio before and after, error bar.",
+    ),
+    Command(
+        *("simulate", _simulate, _add_simulate_arguments, "make a study of known motion"),
+        "Make a BIDS study of made-up heads, with the truth of their motion beside it.",
+        {"formatter_class": argparse.ArgumentDefaultsHelpFormatter},
+    ),
+    Command(
+        *("selftest", _selftest, _add_selftest_arguments),
+        "realign a small simulated study and compare it with the truth",
+        "Simulate a small study in the stage root, realign it through the workflow as "
+        "snakemake would, and say how far it is from the truth, how long it took, and where "
+        "the ranks ran. Exits with 1 if that is too far. Leaves nothing behind.",
+    ),
+    Command(
+        *("warm", _warm, lambda parser: None, "compile the kernels, once"),
+        "Compile the kernels, once.",
+    ),
+)
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import figures, write
-from keepstill.confounds import OUTLIER, Columns, is_known_change, is_steady_change, make_confounds
+from keepstill.confounds import (
+    FILTERED,
+    OUTLIER,
+    Columns,
+    is_known_change,
+    is_steady_change,
+    make_confounds,
+)
 from keepstill.errors import OutputError, counted
 from keepstill.files import put_file, put_text
 from keepstill.manifest import (
@@ -195,14 +202,18 @@ def _compared(result: Realigned) -> NDArray[np.intp]:
 
 def _covered(result: Realigned) -> NDArray[np.bool_]:
     """Where all volumes that were realigned have data: beyond, figures would see the border."""
-    layout = result.run.layout
-    nz, ny, nx = result.reference.shape
-    grid = layout.affine, (layout.shape[0], layout.shape[1], layout.shape[2])
-    matrices = result.moving_from_reference[~result.failed]
-    covered = coverage(matrices, grid, result.affine, (nz, ny, nx))
+    covered = _seen(result, ~result.failed)
     if result.missing is not None and result.is_on_own_grid:
         covered &= ~dilated(result.missing, 1)
     return covered
+
+
+def _seen(result: Realigned, volumes: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where all of some volumes have data, (nz, ny, nx)."""
+    layout = result.run.layout
+    nz, ny, nx = result.reference.shape
+    grid = layout.affine, (layout.shape[0], layout.shape[1], layout.shape[2])
+    return coverage(result.moving_from_reference[volumes], grid, result.affine, (nz, ny, nx))
 
 
 def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
@@ -219,6 +230,8 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
         "tr_s": None if tr_s is None else _number(tr_s),
         "mean_fd_mm": _mean(fd_mm),
         "max_fd_mm": _number(np.nanmax(fd_mm)) if np.isfinite(fd_mm).any() else None,
+        "mean_fd_filtered_mm": _mean(table[FILTERED]) if FILTERED in table else None,
+        "median_expected_error_mm": _median_error_mm(table),
         "n_outliers": int(np.sum(flagged * ~result.failed)),
         "n_failed": int(failed.size),
         "failed_volumes": failed.tolist(),
@@ -231,6 +244,13 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
         "variance_before": _number(before[1]) if before else None,
         "variance_after": _number(after[1]) if after else None,
     }
+
+
+def _median_error_mm(table: Columns) -> float | None:
+    """Median over the volumes that were realigned to another, the reference left out."""
+    errors_mm = table["expected_error"][table["status"] == "ok"]
+    known = errors_mm[np.isfinite(errors_mm)]
+    return _number(np.median(known)) if known.size else None
 
 
 def _number(value: float) -> float:
@@ -269,23 +289,33 @@ def _write_all(
         yield from (path, _put_sidecar(path, sidecar(result, output, output_dir)))
     if result.series is not None:
         path = folder / result.name("bold")
-        _write_series(result, result.series, path, n_threads)
+        _write_series(result, findings.coverage, path, n_threads)
         yield from (path, _put_sidecar(path, sidecar(result, "bold", output_dir)))
 
 
 def _write_series(
-    result: Realigned, series: NDArray[np.float32], path: Path, n_threads: int
+    result: Realigned, covered: NDArray[np.bool_], path: Path, n_threads: int
 ) -> None:
-    dtype = result.settings.output_dtype
-    header = made_header(result.run.layout.header, result.affine, series.shape[::-1], dtype)
+    dtype, shape = result.settings.output_dtype, (result.run.n_volumes, *result.reference.shape)
+    header = made_header(result.run.layout.header, result.affine, shape[::-1], dtype)
     header["pixdim"][4] = result.run.found["tr_s"] or 0
-    if dtype == "int16":
-        slope, inter = write.int16_scaling(series)
-        header["scl_slope"], header["scl_inter"] = slope, inter
-        parts = (write.as_int16(volume, slope, inter).tobytes() for volume in series)
-    else:
-        parts = (volume.tobytes() for volume in series)
-    write.put_nifti(path, header, parts, n_threads)
+    write.put_series(path, header, lambda: _as_written(result, covered), n_threads)
+
+
+def _as_written(result: Realigned, covered: NDArray[np.bool_]) -> Iterator[NDArray[np.float32]]:
+    """Volumes as the realigned run's file holds them.
+
+    The ranks leave 0 outside a volume's field, for figures of all volumes need numbers; what the
+    settings want there is put in their place here.
+    """
+    settings = result.settings
+    assert result.series is not None
+    nothing = np.float32(np.nan if settings.outside == "nan" else 0)
+    for t, volume in enumerate(result.series):
+        has_data = [covered] if settings.common_field else []
+        if settings.outside == "nan":
+            has_data.append(_seen(result, np.array([t])))
+        yield np.where(np.logical_and.reduce(has_data), volume, nothing) if has_data else volume
 
 
 def _header(result: Realigned, output: str, volume: NDArray[Any]) -> Any:

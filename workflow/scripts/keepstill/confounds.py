@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import figures, geometry
+from keepstill.breathing import without_breathing
 from keepstill.error_bars import displacement_form, expected_errors_mm
 from keepstill.realigned import Realigned
+from keepstill.settings import RealignSettings
 
 Columns = dict[str, NDArray[Any]]
 
@@ -16,6 +18,7 @@ MOTION = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
 FIT = ("status", "iterations", "cost", "overlap", "scale", "n_lost_slices")
 # fMRIPrep's names for what is derived from each of the six, and its order.
 EXPANSIONS = ("derivative1", "power2", "derivative1_power2")
+FILTERED = "framewise_displacement_filtered"
 NON_STEADY, OUTLIER = "non_steady_state_outlier", "motion_outlier"
 
 
@@ -24,7 +27,8 @@ def make_confounds(
 ) -> Columns:
     """Columns of the table, in their fixed order, a row a volume.
 
-    The six motion numbers, framewise displacement, rmsd, DVARS and how each fit ended; then the
+    The six motion numbers, framewise displacement, rmsd, DVARS, framewise displacement without
+    breathing, if it is wanted, and how each fit ended; then the
     24-parameter expansion; then a column of 0 and 1 for each volume before the steady state, and
     for each motion outlier. The last two are as many as there are such volumes.
 
@@ -49,7 +53,7 @@ def make_confounds(
     table |= {"framewise_displacement": fd_mm, "rmsd": rmsd_mm}
     table["dvars"] = series.dvars if series else unknown
     table["std_dvars"] = series.std_dvars if series else unknown
-    table |= {name: result.per_volume[name] for name in FIT}
+    table |= _filtered(result, motion) | {name: result.per_volume[name] for name in FIT}
     table["expected_error"] = _expected_errors_mm(result, brain)
     for name in MOTION:
         table |= _expansions(name, table[name])
@@ -57,6 +61,18 @@ def make_confounds(
     table |= _spikes(NON_STEADY, np.flatnonzero(result.non_steady), n)
     table |= _spikes(OUTLIER, np.flatnonzero(outliers), n)
     return table
+
+
+def _filtered(result: Realigned, motion: NDArray[np.float64]) -> Columns:
+    """Framewise displacement of motion without breathing; no column if it is not wanted."""
+    settings = result.settings
+    if settings.fd_filter == "none":
+        return {}
+    tr_s = float(result.run.found["tr_s"])
+    slow = without_breathing(motion, result.failed, tr_s, settings)
+    fd_mm = figures.framewise_displacement_mm(slow, settings.fd_radius_mm)
+    fd_mm[_touched(result.failed)] = np.nan
+    return {FILTERED: fd_mm}
 
 
 def motion_outliers(
@@ -150,6 +166,11 @@ def _figure_columns(result: Realigned) -> dict[str, Any]:
             f"from the volume before, rotations on a sphere of {radius_mm:g} mm; {unknown}",
             "Units": "mm",
         },
+        FILTERED: {
+            "Description": "framewise_displacement of motion numbers without breathing: "
+            f"{_filter_text(result.settings)}; {unknown}",
+            "Units": "mm",
+        },
         "rmsd": {
             "Description": "Jenkinson 1999: rms displacement, from the volume before, of a sphere "
             f"of 80 mm about the centre of the field of view; {unknown}",
@@ -165,6 +186,20 @@ def _figure_columns(result: Realigned) -> dict[str, Any]:
             "Units": "1",
         },
     }
+
+
+def _filter_text(settings: RealignSettings) -> str:
+    """How the motion numbers were filtered."""
+    both_ways = "forwards and backwards, failed volumes from their neighbours"
+    if settings.fd_filter == "lowpass":
+        return (
+            f"a Butterworth low-pass of order 2 at {settings.fd_lowpass_per_min:g} cycles/min, "
+            f"{both_ways} (after Gratton 2020)"
+        )
+    return (
+        f"a notch from {settings.fd_notch_low_per_min:g} to {settings.fd_notch_high_per_min:g} "
+        f"breaths/min, twice {both_ways} (Fair 2020)"
+    )
 
 
 _FIT_COLUMNS: dict[str, Any] = {

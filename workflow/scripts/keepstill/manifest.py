@@ -21,11 +21,12 @@ from keepstill.settings import RealignSettings
 PACKAGE = Path(__file__).parent
 # What cannot change a run's files: where and when things run, what is shown, what is shared out.
 WITHOUT_EFFECT = (
-    *("__main__", "config", "config_files", "lanes", "misnamed", "preflight"),
+    *("__main__", "apply", "config", "config_files", "lanes", "misnamed", "preflight"),
     *("phantom", "progress", "report", "run_table", "selftest", "simulate", "start", "study"),
-    *("truth", "warm"),
+    *("summary", "transforms", "truth", "warm"),
 )
 
+MANIFESTS = "manifests"  # folder below the output directory
 REFERENCES = ("first", "middle", "mean")  # anything else is the path of a file
 
 
@@ -71,7 +72,7 @@ class Manifest:
 
 def manifest_path(output_dir: Path, run: str) -> Path:
     """Where the manifest of a run lies."""
-    return output_dir / "manifests" / f"{run}.json"
+    return output_dir / MANIFESTS / f"{run}.json"
 
 
 def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
@@ -134,7 +135,7 @@ def is_complete(
     hashed last; an input that is gone counts as what it was.
     """
     manifest = read_manifest(output_dir, run)
-    if manifest is None or not _has_outputs(output_dir, manifest.get("outputs")):
+    if manifest is None or not has_outputs(output_dir, manifest.get("outputs")):
         return False
     input_sha256 = _known_sha256(output_dir, run, source)
     if input_sha256 is None:
@@ -193,7 +194,8 @@ def _key(input_sha256: str, sidecar_sha256: str, settings: RealignSettings) -> s
     )
 
 
-def _has_outputs(output_dir: Path, outputs: Any) -> bool:
+def has_outputs(output_dir: Path, outputs: Any) -> bool:
+    """Whether the files that a manifest names are there, with the sizes that it gives."""
     try:
         sizes = {path: entry["bytes"] for path, entry in outputs.items()}
         return bool(sizes) and all(

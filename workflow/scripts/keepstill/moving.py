@@ -17,6 +17,7 @@ from keepstill.kernels.bspline import (
 from keepstill.kernels.passes import ROW_PAD, Room, Rows, fill_by_passes, passes_of, width_of
 from keepstill.kernels.sampling import (
     fill_directly,
+    fill_nearest,
     fill_unmoved,
     leave_out_slices,
     narrow_spans,
@@ -230,12 +231,43 @@ def _fill_by_passes(
 def _fill_directly(
     out: NDArray[np.float32], asked: Asked, moving: Moving, to_moving: NDArray[np.float64]
 ) -> None:
+    spline = moving.degree, *tap_slots(moving.degree)
+    fill_directly(out, asked.rows, asked.spans, _full(moving), spline, to_moving)
+
+
+def fill_beyond(
+    out: NDArray[np.float32],
+    asked: Asked,
+    moving: Moving,
+    moving_voxel_from_voxel: NDArray[np.float64],
+) -> None:
+    """Fill voxels of another grid, beyond what a moving volume shows, with the nearest it shows.
+
+    Parameters
+    ----------
+    out : (n,) float32
+        From `fill_values`; filled outside the spans.
+    asked : Asked
+        Its spans are those that `fill_values` has narrowed.
+    moving : Moving
+    moving_voxel_from_voxel : (4, 4) float64
+        As in `fill_values`.
+    """
+    rows, spans = asked.rows, asked.spans
+    if (spans[:, 1] - spans[:, 0] == rows[:, 3]).all():
+        return
+    spline = moving.degree, *tap_slots(moving.degree)
+    fill_nearest(out, rows, spans, _full(moving), spline, moving_voxel_from_voxel, moving.shape)
+
+
+def _full(moving: Moving) -> NDArray[np.float32]:
+    """Coefficients along all three axes, padded."""
     degree, full = moving.degree, moving.coefficients.full()
     if not moving.is_full:
         block = moving.coefficients.block
         fill_coefficients(moving.volume, _POLES[degree], GAINS[degree], full, block)
         moving.is_full = True
-    fill_directly(out, asked.rows, asked.spans, full, (degree, *tap_slots(degree)), to_moving)
+    return full
 
 
 def _aligned(n: int) -> NDArray[np.float32]:

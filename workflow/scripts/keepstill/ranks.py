@@ -241,7 +241,7 @@ def realign_staged(
     run = open_staged(stage_dir)
     target = together(world, lambda: choose_target(run, settings))
     if settings.reference == "mean":
-        resliced = replace(settings, reslice=True)
+        resliced = replace(settings, reslice=True, outside="zero", non_negative=False)
         first = _realign_all(Task(run, target, resliced), world, crew)
         estimates = list(first.estimates.values())
         target = together(world, lambda: mean_target(run, target, estimates, settings))

@@ -21,7 +21,7 @@ from keepstill.lost_slices import filled, find_lost_slices, slice_means
 from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.read import StagedRun, read_volume
 from keepstill.reference import Acquisition, Reference, prepare_reference
-from keepstill.reslice import reslice_volume
+from keepstill.reslice import extend_volume, reslice_volume
 from keepstill.run_model import RunModel, fitted_to
 from keepstill.settings import RealignSettings
 from keepstill.smooth import fill_missing
@@ -395,14 +395,19 @@ class _Worker:
     def _reslice(
         self, volume: NDArray[np.float32], moving: Moving, estimate: Estimate
     ) -> NDArray[np.float32]:
+        settings = self._settings
         if estimate.status == "reference":
-            return volume
+            return np.maximum(volume, np.float32(0)) if settings.non_negative else volume
         _, out = self._work_space()
-        degree = self._settings.interpolation_degree
+        degree = settings.interpolation_degree
         if degree != moving.degree or moving.lost_slices.size:
             moving = prepare_moving(volume, degree, moving.coefficients)
         matrix = estimate.moving_from_reference
         reslice_volume(out, moving, self._affine, matrix, self._reference.affine)
+        if settings.outside == "nearest":
+            extend_volume(out, moving, self._affine, matrix, self._reference.affine)
+        if settings.non_negative:
+            np.maximum(out, np.float32(0), out=out)
         return out
 
     def _work_space(self) -> tuple[Coefficients, NDArray[np.float32]]:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from keepstill import geometry
 from keepstill.kernels.sampling import narrow_spans
-from keepstill.moving import Asked, Moving, fill_values
+from keepstill.moving import Asked, Moving, fill_beyond, fill_values
 
 
 def reslice_volume(
@@ -36,14 +36,35 @@ def reslice_volume(
     n_inside : int
         Number of voxels with a source inside the field of view.
     """
-    moving_voxel_from_voxel = geometry.compose(
-        geometry.inverse(moving_affine), moving_from_reference, affine
-    )
+    to_moving = geometry.compose(geometry.inverse(moving_affine), moving_from_reference, affine)
     nz, ny, nx = out.shape
-    rows = _grid_rows((nz, ny, nx))
+    return fill_values(out.reshape(-1), _all_of((nz, ny, nx)), moving, to_moving)
+
+
+def extend_volume(
+    out: NDArray[np.float32],
+    moving: Moving,
+    moving_affine: NDArray[np.float64],
+    moving_from_reference: NDArray[np.float64],
+    affine: NDArray[np.float64],
+) -> None:
+    """Fill what `reslice_volume` has left at 0 with the value at the nearest point of the field.
+
+    Parameters are those of `reslice_volume`.
+    """
+    to_moving = geometry.compose(geometry.inverse(moving_affine), moving_from_reference, affine)
+    nz, ny, nx = out.shape
+    asked = _all_of((nz, ny, nx))
+    narrow_spans(asked.spans, asked.rows, to_moving, moving.shape)
+    fill_beyond(out.reshape(-1), asked, moving, to_moving)
+
+
+def _all_of(shape: tuple[int, int, int]) -> Asked:
+    """Every voxel of a (nz, ny, nx) grid."""
+    rows = _grid_rows(shape)
     spans = np.zeros((len(rows), 2), np.int64)
-    spans[:, 1] = nx
-    return fill_values(out.reshape(-1), Asked(rows, spans), moving, moving_voxel_from_voxel)
+    spans[:, 1] = shape[2]
+    return Asked(rows, spans)
 
 
 @functools.lru_cache(maxsize=2)
@@ -77,9 +98,8 @@ def coverage(
     -------
     covered : (nz, ny, nx) bool
     """
-    rows, voxel_from_world = _grid_rows(shape), geometry.inverse(moving[0])
-    spans = np.zeros((len(rows), 2), np.int64)
-    spans[:, 1] = shape[2]
+    asked, voxel_from_world = _all_of(shape), geometry.inverse(moving[0])
+    rows, spans = asked.rows, asked.spans
     for matrix in moving_from_reference:
         narrow_spans(spans, rows, geometry.compose(voxel_from_world, matrix, affine), moving[1])
     x = np.arange(shape[2])

@@ -20,7 +20,8 @@ from keepstill.manifest import manifest_path
 from keepstill.report.run_record import read_confounds, read_run
 from keepstill.simulate import StudyPlan, simulate_study
 from keepstill.stage import private_stage_root, single_stage_dir
-from keepstill.truth import Truth, read_transforms, read_truth, truth_path
+from keepstill.transforms.itk import read_itk
+from keepstill.truth import Truth, read_truth, truth_path
 
 # Measured over six runs of 20 to 40 volumes, drift and spikes: 2.8 to 3.4 times the bound, which is
 # 0.0047 mm. Most of it is no noise: without noise 0.013 mm are left, the interpolation
@@ -202,7 +203,7 @@ def _result(source: Path, folder: Path) -> RunResult:
 def _errors(truth: Truth, transforms: Path, status: NDArray[np.str_]) -> NDArray[np.float64]:
     """Error of each volume but the reference, mm."""
     (reference,) = np.flatnonzero(status == "reference")
-    error_mm = truth.error_mm(read_transforms(transforms), int(reference))
+    error_mm = truth.error_mm(read_itk(transforms), int(reference))
     error_mm[status == "failed"] = np.nan
     return np.delete(error_mm, reference)
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from keepstill.errors import SettingsError
 
+OUTSIDE = ("zero", "nan", "nearest")
+FD_FILTERS = ("none", "notch", "lowpass")
+
 
 @dataclass(frozen=True)
 class EstimateSettings:
@@ -51,6 +54,13 @@ class RealignSettings:
         ``first``, ``middle``, ``mean`` or the path of a 3-D NIfTI file.
     interpolation_degree : int
         Degree of the B-spline that reslices, 1 to 5.
+    outside : str
+        What a voxel holds whose source lies outside a volume's field of view: ``zero``, ``nan``
+        (float32 only), or ``nearest``, the value at the nearest point of the field.
+    common_field : bool
+        Voxels that lie outside the field of any volume are ``outside`` in all.
+    non_negative : bool
+        Negative values, to which a spline swings at sharp edges, become 0.
     reslice : bool
         False writes transforms and tables only.
     output_dtype : str
@@ -59,6 +69,13 @@ class RealignSettings:
         The ``desc`` entity of the realigned run.
     fd_radius_mm : float
         Radius of the sphere on which rotations count in framewise displacement.
+    fd_filter : str
+        ``notch`` or ``lowpass`` adds a column of framewise displacement without breathing;
+        ``none`` does not.
+    fd_notch_low_per_min, fd_notch_high_per_min : float
+        Breaths a minute that the notch stops.
+    fd_lowpass_per_min : float
+        Cycles a minute up to which the low-pass keeps motion.
     fd_outlier_mm, std_dvars_outlier : float
         A volume above either is flagged as an outlier.
     affine_source : str
@@ -73,10 +90,17 @@ class RealignSettings:
 
     reference: str = "first"
     interpolation_degree: int = 5
+    outside: str = "zero"
+    common_field: bool = False
+    non_negative: bool = False
     reslice: bool = True
     output_dtype: str = "float32"
     output_desc: str = "hmc"
     fd_radius_mm: float = 50.0
+    fd_filter: str = "none"
+    fd_notch_low_per_min: float = 12.0
+    fd_notch_high_per_min: float = 18.0
+    fd_lowpass_per_min: float = 6.0
     fd_outlier_mm: float = 0.5
     std_dvars_outlier: float = 1.5
     affine_source: str = "auto"
@@ -96,6 +120,8 @@ class RealignSettings:
             raise SettingsError(
                 f"output_dtype: {self.output_dtype!r} found; needs float32 or int16"
             )
+        _check_outside(self)
+        _check_fd_filter(self)
         if self.affine_source not in ("auto", "sform", "qform"):
             raise SettingsError(
                 f"affine_source: {self.affine_source!r} found; needs auto, sform or qform"
@@ -130,6 +156,42 @@ class RealignSettings:
         _refuse_unknown(cls, values)
         _refuse_unknown(EstimateSettings, nested)
         return cls(estimate=EstimateSettings(**nested), **values)
+
+
+def _check_outside(settings: RealignSettings) -> None:
+    """Refuse values outside the field that no file or mask could hold."""
+    outside = settings.outside
+    if outside not in OUTSIDE:
+        raise SettingsError(f"outside: {outside!r} found; needs zero, nan or nearest")
+    if outside == "nan" and settings.output_dtype != "float32":
+        raise SettingsError(
+            f"outside: nan found with {settings.output_dtype} voxels, which have no NaN; needs "
+            "zero or nearest, or float32"
+        )
+    if outside == "nearest" and settings.common_field:
+        raise SettingsError(
+            "outside: nearest found with common_field, which leaves nothing to fill; needs zero "
+            "or nan, or common_field: false"
+        )
+
+
+def _check_fd_filter(settings: RealignSettings) -> None:
+    """Refuse what is no filter of breathing."""
+    if settings.fd_filter not in FD_FILTERS:
+        raise SettingsError(
+            f"fd_filter: {settings.fd_filter!r} found; needs none, notch or lowpass"
+        )
+    low, high = settings.fd_notch_low_per_min, settings.fd_notch_high_per_min
+    if not 0 < low < high:
+        raise SettingsError(
+            f"fd_notch_low_per_min: {low:g} found, fd_notch_high_per_min: {high:g}; the first "
+            "needs to be above 0 and below the second"
+        )
+    if not settings.fd_lowpass_per_min > 0:
+        raise SettingsError(
+            f"fd_lowpass_per_min: {settings.fd_lowpass_per_min:g} found; needs cycles a minute, "
+            "above 0"
+        )
 
 
 def _refuse_unknown(kind: type, values: dict[str, Any]) -> None:

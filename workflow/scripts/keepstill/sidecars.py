@@ -12,7 +12,9 @@ from keepstill import __version__
 from keepstill.bids import bids_uri, relative_reference
 from keepstill.confounds import describe_columns
 from keepstill.manifest import REFERENCES, portable_settings
+from keepstill.read import StagedRun
 from keepstill.realigned import Realigned
+from keepstill.settings import RealignSettings
 
 CODE_URL = "https://github.com/keepstill/keepstill"
 BIDSIGNORE = (
@@ -25,6 +27,7 @@ BIDSIGNORE = (
     "*_boldref.*",
     "*_timeseries.*",
     "*_boldmap.*",
+    "summary.*",
 )
 README = """\
 BOLD runs, realigned by keepstill. Beside each run:
@@ -44,7 +47,7 @@ hash of every file; times, hosts and paths are in `logs` alone.
 _NOT_CARRIED_OVER = ("Description", "Sources", "RawSources", "SkullStripped", "SpatialReference")
 _TEXTS = {
     "bold": "The run with every volume in the pose and on the grid of the reference, interpolated "
-    "once by a B-spline; 0 where a volume has no data",
+    "once by a B-spline",
     "boldref": "The volume that the run was realigned to",
     "brain": "Brain, found in the reference by brightness and shape",
     "coverage": "Voxels that lie in the field of view of every volume that could be realigned",
@@ -53,6 +56,8 @@ _TEXTS = {
     "transforms": "Rigid motion of every volume",
     "confounds": "Motion and what follows from it, a row a volume",
 }
+# What a voxel holds whose source lies outside the field of view.
+_OUTSIDE = {"zero": 0, "nan": "NaN", "nearest": "value at the nearest point of the field"}
 _TSNR_TEXT = (
     ": mean over standard deviation about a straight line over time, without failed volumes and "
     "those before the steady state"
@@ -152,17 +157,31 @@ def _in_space(result: Realigned) -> dict[str, Any]:
 
 def _bold_fields(result: Realigned) -> dict[str, Any]:
     """Fields of the raw run that stay true, and ours."""
-    metadata = result.run.found["metadata"]
+    return carried_fields(result.run) | _in_space(result) | reslicing_fields(result.settings)
+
+
+def carried_fields(run: StagedRun) -> dict[str, Any]:
+    """Fields of a raw run's sidecar that stay true of the run resliced, and those BIDS wants."""
+    metadata = run.found["metadata"]
     carried = {name: value for name, value in metadata.items() if name not in _NOT_CARRIED_OVER}
-    tasks = [part[5:] for part in result.run.run.split("_") if part.startswith("task-")]
+    tasks = [part[5:] for part in run.run.split("_") if part.startswith("task-")]
     if tasks:
         carried.setdefault("TaskName", tasks[0])
-    ours: dict[str, Any] = {"SkullStripped": False, "OutsideFieldOfView": 0}
-    if result.run.found["tr_s"] is not None:
-        ours["RepetitionTime"] = result.run.found["tr_s"]
-    if result.run.n_dummy:
-        ours["NumberOfVolumesNotSteady"] = result.run.n_dummy
-    return carried | _in_space(result) | ours
+    ours: dict[str, Any] = {"SkullStripped": False}
+    if run.found["tr_s"] is not None:
+        ours["RepetitionTime"] = run.found["tr_s"]
+    if run.n_dummy:
+        ours["NumberOfVolumesNotSteady"] = run.n_dummy
+    return carried | ours
+
+
+def reslicing_fields(settings: RealignSettings) -> dict[str, Any]:
+    """What a resliced run holds where there are no data, and below 0."""
+    return {
+        "OutsideFieldOfView": _OUTSIDE[settings.outside],
+        "OutsideCommonField": _OUTSIDE[settings.outside] if settings.common_field else "kept",
+        "NegativeValues": "set to 0" if settings.non_negative else "kept",
+    }
 
 
 def _map_fields(result: Realigned) -> dict[str, Any]:

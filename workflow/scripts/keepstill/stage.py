@@ -24,6 +24,7 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 
 from keepstill.bids import Origin
+from keepstill.breathing import check_filter
 from keepstill.errors import InputError, StageError
 from keepstill.files import put_private
 from keepstill.manifest import stamp_of
@@ -113,6 +114,7 @@ def stage_run(
         warnings += check_signal(volumes, run)
         n_dummy = _dummy_volumes(volumes, layout, settings, run)
         tr_s, odd = _repetition_time(layout, metadata, run)
+        check_filter(tr_s, settings, run)
     except BaseException:
         _clear(voxels_dir)
         raise

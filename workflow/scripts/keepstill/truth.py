@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from keepstill import geometry
 from keepstill.errors import InputError
+from keepstill.transforms.itk import read_itk
 
 TRUTH = Path("derivatives") / "truth"
 TRANSFORMS = "from-orig_to-boldref_mode-image_desc-truth_xfm.txt"
 SBREF_TRANSFORM = "from-sbref_to-boldref_mode-image_desc-truth_xfm.txt"
 BRAIN = "desc-brain_mask.nii.gz"
 BOUND = "CramerRaoBoundMillimetres"
-_LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -81,24 +81,4 @@ def read_truth(path: Path) -> Truth:
             f"{path.name}: truth unreadable ({type(error).__name__}: {error}); simulate the "
             "study again"
         ) from error
-    return Truth(read_transforms(path), brain_mm, float(bound))
-
-
-def read_transforms(path: Path) -> NDArray[np.float64]:
-    """Transforms of an ITK text file as `write.itk_transforms` makes it, (n, 4, 4), RAS+ mm.
-
-    Raises
-    ------
-    InputError
-        If there are none.
-    """
-    begin = "Parameters: "
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.startswith(begin)]
-        numbers = np.array([[float(x) for x in line.split()[1:]] for line in lines])
-        numbers = numbers.reshape(-1, 12)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no ITK transforms ({error})") from error
-    found = np.tile(np.eye(4), (len(numbers), 1, 1))
-    found[:, :3, :3], found[:, :3, 3] = numbers[:, :9].reshape(-1, 3, 3), numbers[:, 9:]
-    return np.array(_LPS_FROM_RAS @ found @ _LPS_FROM_RAS)
+    return Truth(read_itk(path), brain_mm, float(bound))

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from keepstill import geometry
 from keepstill.estimate import estimate_motion
 from keepstill.last_step import residuals_of, take_last_step
 from keepstill.maps import temporal_moments
 from keepstill.masks import brain_mask
 from keepstill.moving import Coefficients, Moving, prepare_moving
 from keepstill.reference import Acquisition, Reference, prepare_reference
-from keepstill.reslice import coverage, reslice_volume
+from keepstill.reslice import coverage, extend_volume, reslice_volume
 from keepstill.run_model import RunModel, fit_run_model, fitted_to
 from keepstill.scanner_effects import ScannerEffects
 from keepstill.settings import EstimateSettings
@@ -32,6 +33,7 @@ def warm_kernels() -> None:
     estimate = take_last_step(moving, affine, reference, estimate, model)
     out = np.empty_like(volume)
     reslice_volume(out, moving, affine, estimate.moving_from_reference, affine)
+    extend_volume(out, moving, affine, geometry.translation(np.array([9.0, 0, 0])), affine)
     brain_mask(volume)
     grid = affine, (volume.shape[2], volume.shape[1], volume.shape[0])
     coverage(estimate.moving_from_reference[None], grid, affine, out.shape)

@@ -8,13 +8,15 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
 from keepstill.files import put_file
+
+T = TypeVar("T")
 
 # isal is faster, but now and then gives other bytes for the same voxels; zlib does not. Voxels of a
 # noisy series hardly repeat, so looking for runs only costs 1% of size and saves half the time.
@@ -40,7 +42,7 @@ def gzip_member(parts: Iterable[bytes], n_threads: int) -> Iterable[bytes]:
     yield _GZIP_HEAD
     crc, size = 0, 0
     with ThreadPoolExecutor(n_threads) as pool:
-        for deflated, part_crc, part_size in _ahead(pool, _deflated, parts, 2 * n_threads):
+        for deflated, part_crc, part_size in ahead(pool, _deflated, parts, 2 * n_threads):
             crc = isal_zlib.crc32_combine(crc, part_crc, part_size)
             size += part_size
             yield deflated
@@ -53,10 +55,10 @@ def _deflated(part: bytes) -> tuple[bytes, int, int]:
     return deflated, zlib.crc32(part), len(part)
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[bytes], Any], parts: Iterable[bytes], n_ahead: int
+def ahead(
+    pool: ThreadPoolExecutor, work: Callable[[T], Any], parts: Iterable[T], n_ahead: int
 ) -> Iterable[Any]:
-    """Results in order, with a bounded number of parts under way."""
+    """Results of some work on parts, in order, with a bounded number of them under way."""
     waiting: list[Any] = []
     for part in parts:
         waiting.append(pool.submit(work, part))
@@ -67,13 +69,40 @@ def _ahead(
 
 
 def put_nifti(path: Path, header: Any, parts: Iterable[bytes], n_threads: int = 1) -> None:
-    """Write a .nii.gz of a header and the voxels' bytes, volume by volume."""
+    """Write a .nii.gz, or .nii, of a header and the voxels' bytes, volume by volume."""
 
     def all_parts() -> Iterable[bytes]:
         yield header.binaryblock + b"\0" * (int(header["vox_offset"]) - len(header.binaryblock))
         yield from parts
 
-    put_file(path, gzip_member(all_parts(), n_threads))
+    is_plain = path.suffix == ".nii"
+    put_file(path, all_parts() if is_plain else gzip_member(all_parts(), n_threads))
+
+
+def put_series(
+    path: Path,
+    header: Any,
+    volumes: Callable[[], Iterable[NDArray[np.float32]]],
+    n_threads: int,
+) -> None:
+    """Write a series as .nii.gz or .nii, with a fitted slope if its header says int16.
+
+    Parameters
+    ----------
+    path : Path
+    header : nibabel header
+        Of the series; slope and intercept are filled in.
+    volumes : callable
+        Gives the (nz, ny, nx) volumes, in order; called twice for int16.
+    n_threads : int
+    """
+    if header.get_data_dtype() == np.int16:
+        slope, inter = int16_scaling(volumes())
+        header["scl_slope"], header["scl_inter"] = slope, inter
+        parts = (as_int16(volume, slope, inter).tobytes() for volume in volumes())
+    else:
+        parts = (np.asarray(volume).tobytes() for volume in volumes())
+    put_nifti(path, header, parts, n_threads)
 
 
 def put_volume(path: Path, header: Any, volume: NDArray[Any]) -> None:
@@ -135,7 +164,7 @@ def as_int16(volume: NDArray[np.float32], slope: float, inter: float) -> NDArray
 
 
 def itk_transforms(moving_from_reference: NDArray[np.float64]) -> str:
-    """ITK text of one rigid transform a volume, reference -> moving, LPS mm.
+    """ITK text of one rigid transform a volume, reference -> moving, LPS mm, to the last bit.
 
     Parameters
     ----------
@@ -150,7 +179,7 @@ def itk_transforms(moving_from_reference: NDArray[np.float64]) -> str:
         lines += [
             f"#Transform {k}",
             "Transform: AffineTransform_double_3_3",
-            "Parameters: " + " ".join(f"{number + 0.0:.15g}" for number in numbers),
+            "Parameters: " + " ".join(repr(float(number) + 0.0) for number in numbers),
             "FixedParameters: 0 0 0",
             "",
         ]

@@ -411,3 +411,38 @@ def fill_directly(
                 start[axis] = first[axis] + low * change[axis]
                 step[axis] = change[axis]
             fill_row(row[low:high], coefficients, degree, slots, start, step, work)
+
+
+@kernel
+def fill_nearest(
+    out: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    spans: NDArray[np.int64],
+    coefficients: NDArray[np.float32],
+    spline: tuple[int, int, int],
+    moving_voxel_from_voxel: NDArray[np.float64],
+    moving_shape: tuple[int, int, int],
+) -> None:
+    """B-spline values at the nearest points of the field of view, for voxels outside the spans.
+
+    Parameters
+    ----------
+    out : (n,) float32
+        Filled outside the rows' spans.
+    rows, spans, coefficients, spline, moving_voxel_from_voxel
+        As in `fill_directly`.
+    moving_shape : (nx, ny, nz)
+    """
+    work = new_work()
+    degree, slots = spline[0], (spline[1], spline[2])
+    nearest, step = np.empty(3), np.zeros(3)
+    for r in range(rows.shape[0]):
+        y, z, x, n, at = rows[r]
+        first, change = _line(moving_voxel_from_voxel, x, y, z)
+        for i in range(n):
+            if spans[r, 0] <= i < spans[r, 1]:
+                continue
+            for axis in range(3):
+                position = first[axis] + i * change[axis]
+                nearest[axis] = min(max(position, 0.0), moving_shape[axis] - 1.0)
+            fill_row(out[at + i : at + i + 1], coefficients, degree, slots, nearest, step, work)

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.report.run_record import Confounds, RunRecord, finite_mean
-from keepstill.truth import read_transforms, read_truth
+from keepstill.transforms.itk import read_itk
+from keepstill.truth import read_truth
 
 TRANSFORMS_SUFFIX = "_xfm.txt"
 
@@ -53,7 +54,7 @@ def error_against(
     if len(references) != 1 or len(paths) != 1:
         return None
     known, reference = read_truth(truth), int(references[0])
-    error_mm = known.error_mm(read_transforms(output_dir / paths[0]), reference)
+    error_mm = known.error_mm(read_itk(output_dir / paths[0]), reference)
     error_mm[confounds.failed] = np.nan
     error_mm[reference] = np.nan
     return TruthError(error_mm, known.bound_mm)

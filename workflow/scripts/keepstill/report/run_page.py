@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from keepstill.report.run_record import (
 from keepstill.settings import RealignSettings
 
 FIT_COLUMNS = ("iterations", "cost", "overlap")
-ERROR_COLUMN = "expected_error_mm"
+ERROR_COLUMN = "expected_error"
 
 
 def write_run_page(manifest: Path, output_dir: Path, truth: Path | None = None) -> None:
@@ -122,6 +123,7 @@ def _summary_figures(record: RunRecord, confounds: Confounds) -> list[tuple[str,
         ("Repetition time", number(tr_s, 3), "s"),
         ("Duration", number(tr_s and n_volumes * tr_s / 60, 1), "min"),
         ("Mean framewise displacement", number(summary["mean_fd_mm"], 3), "mm"),
+        *_filtered_figure(summary),
         ("Largest framewise displacement", number(summary["max_fd_mm"], 3), "mm"),
         ("Largest translation", number(_largest(columns, "trans", good), 2), "mm"),
         ("Largest rotation", number(float(np.rad2deg(_largest(columns, "rot", good))), 2), "°"),
@@ -136,6 +138,12 @@ def _summary_figures(record: RunRecord, confounds: Confounds) -> list[tuple[str,
             "",
         ),
     ]
+
+
+def _filtered_figure(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """As `_summary_figures`, of displacement without breathing, where that was asked for."""
+    mean_mm = summary.get("mean_fd_filtered_mm")
+    return [] if mean_mm is None else [("… without breathing", number(mean_mm, 3), "mm")]
 
 
 def _error_figures(error: TruthError | None) -> list[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.files import put_text
+from keepstill.manifest import MANIFESTS
 from keepstill.report.render import render
 from keepstill.report.run_record import (
     Confounds,
@@ -51,7 +52,7 @@ def write_study_page(output_dir: Path) -> None:
     InputError
         If a manifest, or the table of confounds that it names, cannot be read.
     """
-    manifests = sorted((output_dir / "manifests").glob("*.json"))
+    manifests = sorted((output_dir / MANIFESTS).glob("*.json"))
     rows = sorted((_study_row(path, output_dir) for path in manifests), key=_most_motion_first)
     records = [row.record for row in rows]
     page = render(

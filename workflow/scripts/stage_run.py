@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--run", required=True, metavar="NAME")
     parser.add_argument("--bids-dir", default="", metavar="DIR", help="empty: no data set")
     parser.add_argument("--sidecar", type=Path, metavar="FILE", help="of a run in no data set")
+    parser.add_argument("--multi-echo", action="store_true", help="its echoes follow")
     parser.add_argument("--stage-dir", required=True, type=Path, metavar="DIR")
     parser.add_argument("--settings", required=True, metavar="JSON")
     args = parser.parse_args()
@@ -25,7 +26,7 @@ def main() -> None:
     bids_dir = Path(args.bids_dir) if args.bids_dir else None
     try:
         settings = RealignSettings.from_json(args.settings)
-        origin = Origin(bids_dir, args.sidecar)
+        origin = Origin(bids_dir, args.sidecar, args.multi_echo)
         stage_run(args.bold, args.run, origin, args.stage_dir, settings)
     except KeepstillError as error:
         print(f"keepstill: {error}", file=sys.stderr)

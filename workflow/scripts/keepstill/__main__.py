@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keepstill import __version__
 from keepstill.errors import KeepstillError, LaunchError, SettingsError, counted
 from keepstill.progress import VolumeProgress
-from keepstill.settings import FD_FILTERS, OUTSIDE, EstimateSettings, RealignSettings
+from keepstill.settings import FD_FILTERS, OUTSIDE, SHORTEST, EstimateSettings, RealignSettings
 from keepstill.start import start_quickly
+
+if TYPE_CHECKING:
+    from keepstill.bids import Run
 
 TRIPLES = ("voxel_mm", "shape", "point_spread_voxels")
 EPILOG = """\
@@ -72,8 +75,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
     default = RealignSettings()
-    parser.add_argument("bold", type=Path, metavar="BOLD", help="4-D .nii or .nii.gz file")
+    parser.add_argument(
+        "bold",
+        type=Path,
+        nargs="+",
+        metavar="BOLD",
+        help="4-D .nii or .nii.gz file; or one for each echo of a run, named echo-1 and so on",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for all outputs")
+    parser.add_argument(
+        "--estimate-echo",
+        type=_estimate_echo,
+        default=SHORTEST,
+        metavar="shortest|N",
+        help="echo that shows the motion of all (default: %(default)s)",
+    )
     parser.add_argument(
         "--reference",
         default=default.reference,
@@ -291,6 +307,10 @@ def _add_summary_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _estimate_echo(text: str) -> str | int:
+    return text if text == SHORTEST else int(text)
+
+
 def _dummy_scans(text: str) -> str | int:
     return text if text == "auto" else int(text)
 
@@ -348,39 +368,59 @@ def _reslice_values(args: argparse.Namespace) -> dict[str, Any]:
 
 def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world: Any) -> None:
     """Stage on rank 0, realign on all, collect on rank 0; the stage directory goes in any case."""
-    from keepstill.bids import run_name
     from keepstill.collect import collect_run, summary_line
+    from keepstill.multi_echo import runs_of_files
     from keepstill.ranks import n_threads_of, on_first, realign_staged, share
     from keepstill.read import open_staged
     from keepstill.realign import Crew
 
     began_s = time.perf_counter()
-    run = run_name(args.bold)
-    n_threads = args.threads or n_threads_of(world)
+    first, *echoes = on_first(world, lambda: runs_of_files(args.bold, args.estimate_echo))
+    run, n_threads = first.name, args.threads or n_threads_of(world)
+    lines: list[str] = []
     with contextlib.ExitStack() as stack:
-        stage_dir = on_first(world, lambda: _stage(args, run, settings, stack))
+        stage_dir = on_first(world, lambda: _stage(args, first, settings, stack))
         n_mine = len(share(open_staged(stage_dir).n_volumes, world.size, world.rank))
         n_mine *= 2 if settings.reference == "mean" else 1
         label = run if world.size == 1 else f"{run} (one of {world.size} ranks)"
         with VolumeProgress(label, n_mine, is_shown=world.rank == 0) as progress:
             realign_staged(stage_dir, settings, world, Crew(n_threads, progress.count))
         summary = on_first(world, lambda: collect_run(stage_dir, args.out, settings, n_threads))
+        if settings.reslice:
+            work = _echo_work(args, stage_dir, settings, n_threads)
+            lines = on_first(world, lambda: [work(echo) for echo in echoes])
     if world.rank == 0:
         seconds = time.perf_counter() - began_s
         print(f"{summary_line(run, summary)} ({seconds:.1f} s, in {args.out})")
+        print("".join(f"{line}\n" for line in lines), end="")
+
+
+def _echo_work(
+    args: argparse.Namespace, stage_dir: Path, settings: RealignSettings, n_threads: int
+) -> Callable[["Run"], str]:
+    """What is done with each echo once the run's motion is known; a line about it comes out."""
+    from keepstill.echoes import Echo, realign_echo
+
+    def work(run: "Run") -> str:
+        echo = Echo(run.source, run.name, run.leader or "")
+        return realign_echo(echo, stage_dir / run.name, args.out, settings, n_threads)
+
+    return work
 
 
 def _stage(
-    args: argparse.Namespace, run: str, settings: RealignSettings, stack: contextlib.ExitStack
+    args: argparse.Namespace, run: "Run", settings: RealignSettings, stack: contextlib.ExitStack
 ) -> Path:
     """Stage the run in a folder that goes with the stack; what can fail early fails first."""
+    from keepstill.bids import Origin
     from keepstill.files import claim_output_dir
     from keepstill.stage import private_stage_root, single_stage_dir, stage_run
 
-    claim_output_dir(args.out, run)
+    claim_output_dir(args.out, run.name)
     stage_root = private_stage_root(args.stage_root)
     stage_dir: Path = stack.enter_context(single_stage_dir(stage_root))
-    stage_run(args.bold, run, None, stage_dir, settings)
+    origin = Origin(is_multi_echo=bool(run.echoes))
+    stage_run(run.source, run.name, origin, stage_dir, settings)
     return stage_dir
 
 

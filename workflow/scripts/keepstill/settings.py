@@ -9,6 +9,8 @@ from keepstill.errors import SettingsError
 OUTSIDE = ("zero", "nan", "nearest")
 FD_FILTERS = ("none", "notch", "lowpass")
 
+SHORTEST = "shortest"  # of the echoes of a run: the one on which motion is estimated by default
+
 
 @dataclass(frozen=True)
 class EstimateSettings:

@@ -19,7 +19,7 @@ LAYERS = (
     ("manifest", "run_table", "multi_echo"),
     ("stage",),
     ("read", "reference"),
-    ("estimate", "reslice", "figures", "maps", "write"),
+    ("estimate", "reslice", "figures", "maps", "write", "mean_echo"),
     ("scanner_effects", "error_bars", "transforms"),
     ("run_model",),
     ("last_step", "realigned"),

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from keepstill import __version__
 from keepstill.errors import KeepstillError, LaunchError, SettingsError, counted
 from keepstill.progress import VolumeProgress
-from keepstill.settings import FD_FILTERS, OUTSIDE, SHORTEST, EstimateSettings, RealignSettings
+from keepstill.settings import (
+    ALL_MEAN,
+    FD_FILTERS,
+    OUTSIDE,
+    SHORTEST,
+    EstimateSettings,
+    RealignSettings,
+)
 from keepstill.start import start_quickly
 
 if TYPE_CHECKING:
@@ -87,8 +94,8 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "--estimate-echo",
         type=_estimate_echo,
         default=SHORTEST,
-        metavar="shortest|N",
-        help="echo that shows the motion of all (default: %(default)s)",
+        metavar="shortest|N|all-mean",
+        help="echo that shows the motion of all, or their mean (default: %(default)s)",
     )
     parser.add_argument(
         "--reference",
@@ -308,7 +315,7 @@ def _add_summary_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _estimate_echo(text: str) -> str | int:
-    return text if text == SHORTEST else int(text)
+    return text if text in (SHORTEST, ALL_MEAN) else int(text)
 
 
 def _dummy_scans(text: str) -> str | int:
@@ -414,13 +421,17 @@ def _stage(
     """Stage the run in a folder that goes with the stack; what can fail early fails first."""
     from keepstill.bids import Origin
     from keepstill.files import claim_output_dir
+    from keepstill.mean_echo import stage_mean
     from keepstill.stage import private_stage_root, single_stage_dir, stage_run
 
     claim_output_dir(args.out, run.name)
     stage_root = private_stage_root(args.stage_root)
     stage_dir: Path = stack.enter_context(single_stage_dir(stage_root))
     origin = Origin(is_multi_echo=bool(run.echoes))
-    stage_run(run.source, run.name, origin, stage_dir, settings)
+    if run.mean_of:
+        stage_mean(dict(run.mean_of), run.name, origin, stage_dir, settings)
+    else:
+        stage_run(run.source, run.name, origin, stage_dir, settings)
     return stage_dir
 
 

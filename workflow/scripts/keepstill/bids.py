@@ -46,6 +46,8 @@ class Run:
         whose sidecars are looked for.
     echoes : tuple of str
         Names of a multi-echo run's echoes, whose motion is estimated on `source`.
+    mean_of : tuple of (str, Path)
+        Name and file of each echo, where motion is estimated on the mean of all.
     leader : str or None
         Name of the multi-echo run that this is an echo of.
     """
@@ -57,6 +59,7 @@ class Run:
     entities: Mapping[str, str]
     sidecar: Path | None = None
     echoes: tuple[str, ...] = ()
+    mean_of: tuple[tuple[str, Path], ...] = ()
     leader: str | None = None
 
 

@@ -23,9 +23,8 @@ from keepstill.errors import OutputError, counted
 from keepstill.files import put_file, put_text
 from keepstill.manifest import (
     Manifest,
-    Stamp,
     describe_outputs,
-    remember_input,
+    remember_inputs,
     withdraw_manifest,
     write_manifest,
 )
@@ -155,8 +154,7 @@ def _complete(
         warnings=result.warnings,
     )
     if found["folder"]:
-        stamp = Stamp(**found["input"]["stamp"])
-        remember_input(output_dir, result.run.run, stamp, found["input"]["sha256"])
+        remember_inputs(output_dir, result.run.run, found["input"])
     write_manifest(output_dir, manifest)
 
 

@@ -12,10 +12,9 @@ from keepstill.collect import as_output_error, describe_dataset, remove_parts
 from keepstill.errors import InputError, counted
 from keepstill.manifest import (
     Manifest,
-    Stamp,
     describe_outputs,
     read_manifest,
-    remember_input,
+    remember_inputs,
     withdraw_manifest,
     write_manifest,
 )
@@ -180,6 +179,5 @@ def _complete(work: Work, output_dir: Path, written: list[Path], leader_key: str
         leader_key=leader_key,
     )
     if found["folder"]:
-        stamp = Stamp(**found["input"]["stamp"])
-        remember_input(output_dir, work.run.run, stamp, found["input"]["sha256"])
+        remember_inputs(output_dir, work.run.run, found["input"])
     write_manifest(output_dir, manifest)

@@ -155,19 +155,13 @@ def is_complete(
     Outputs are compared by size. The input is hashed only if its stamp has changed since it was
     hashed last; an input that is gone counts as what it was.
     """
-    manifest = read_manifest(output_dir, run)
-    if manifest is None or not has_outputs(output_dir, manifest.get("outputs")):
-        return False
     key = known_key(run, source, metadata, settings, output_dir)
-    return key is not None and bool(manifest.get("key") == key)
+    return has_key(run, key, output_dir)
 
 
-def is_echo_complete(echo: str, key: str | None, output_dir: Path) -> bool:
-    """Whether the file of one echo of a multi-echo run is there and has a key.
-
-    The key is that of its input and its leader's.
-    """
-    manifest = read_manifest(output_dir, echo, is_echo=True)
+def has_key(run: str, key: str | None, output_dir: Path, *, is_echo: bool = False) -> bool:
+    """Whether the files of a run, or of one echo of a multi-echo run, are there and have a key."""
+    manifest = read_manifest(output_dir, run, is_echo=is_echo)
     if manifest is None or not has_outputs(output_dir, manifest.get("outputs")):
         return False
     return key is not None and bool(manifest.get("key") == key)
@@ -198,6 +192,13 @@ def run_key(
         "engine": engine_sha256(),
     }
     return _json_sha256(depends_on | ({"leader": leader_key} if leader_key else {}))
+
+
+def remember_inputs(output_dir: Path, run: str, entry: Mapping[str, Any]) -> None:
+    """Note the hashes of a staged run's input, or of each of the echoes that it is the mean of."""
+    parts = entry.get("parts", {run: entry})
+    for name, part in parts.items():
+        remember_input(output_dir, name, Stamp(**part["stamp"]), part["sha256"])
 
 
 def remember_input(output_dir: Path, run: str, stamp: Stamp, sha256: str) -> None:

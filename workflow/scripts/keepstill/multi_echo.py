@@ -8,7 +8,7 @@ from typing import Any
 
 from keepstill.bids import Run, file_run, sidecar_metadata
 from keepstill.errors import InputError
-from keepstill.settings import SHORTEST
+from keepstill.settings import ALL_MEAN, SHORTEST
 
 ReadMetadata = Callable[[Run], Mapping[str, Any]]
 
@@ -26,7 +26,7 @@ def with_leaders(
     ----------
     runs : sequence of Run
     estimate_echo : str or int
-        ``shortest`` echo time, or an echo's number.
+        ``shortest`` echo time, an echo's number, or ``all-mean``.
     read_metadata : callable
         What a run's sidecars say; asked of echoes only.
 
@@ -47,7 +47,9 @@ def with_leaders(
         chosen = _chosen(name, group, estimate_echo, read_metadata)
         entities = {entity: label for entity, label in chosen.entities.items() if entity != "echo"}
         names = tuple(echo.name for echo in group)
-        found.append(replace(chosen, name=name, entities=entities, echoes=names))
+        mean_of = _mean_of(chosen, group) if estimate_echo == ALL_MEAN else ()
+        leader = replace(chosen, name=name, entities=entities, echoes=names, mean_of=mean_of)
+        found.append(leader)
         found += [replace(echo, leader=name) for echo in group]
     return found
 
@@ -90,7 +92,7 @@ def _chosen(
 ) -> Run:
     """The echo on which motion is estimated."""
     numbered = sorted(group, key=lambda run: int(run.entities["echo"]))
-    if str(estimate_echo) != SHORTEST:
+    if estimate_echo not in (SHORTEST, ALL_MEAN):
         for run in numbered:
             if int(run.entities["echo"]) == int(estimate_echo):
                 return run
@@ -100,6 +102,12 @@ def _chosen(
     if any(time_s is None for time_s in times_s):
         return numbered[0]  # scanners number echoes by their times
     return min(zip(times_s, numbered, strict=True), key=lambda pair: float(pair[0] or 0))[1]
+
+
+def _mean_of(first: Run, group: Sequence[Run]) -> tuple[tuple[str, Path], ...]:
+    """Name and file of each echo, the shortest first, whose metadata are the run's."""
+    numbered = sorted(group, key=lambda run: int(run.entities["echo"]))
+    return tuple((run.name, run.source) for run in [first, *(r for r in numbered if r != first)])
 
 
 def _echo_time_s(run: Run, read_metadata: ReadMetadata) -> float | None:

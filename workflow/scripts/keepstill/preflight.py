@@ -126,7 +126,10 @@ def _needs_of(
         return whole
     without = run_needs(layout, replace(settings, reslice=False), grid_voxels)
     if run.echoes:
-        return replace(whole, output_bytes=without.output_bytes)
+        nx, ny, nz, n_volumes = layout.shape
+        mean = layout.n_bytes + 4 * nx * ny * nz * n_volumes if run.mean_of else 0  # and an echo
+        lane_bytes = whole.lane_bytes + mean
+        return replace(whole, output_bytes=without.output_bytes, lane_bytes=lane_bytes)
     return Needs(
         output_bytes=whole.output_bytes - without.output_bytes,
         lane_bytes=without.lane_bytes,

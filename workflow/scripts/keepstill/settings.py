@@ -9,7 +9,8 @@ from keepstill.errors import SettingsError
 OUTSIDE = ("zero", "nan", "nearest")
 FD_FILTERS = ("none", "notch", "lowpass")
 
-SHORTEST = "shortest"  # of the echoes of a run: the one on which motion is estimated by default
+# On what the motion of a multi-echo run is estimated, if not on an echo by its number.
+SHORTEST, ALL_MEAN = "shortest", "all-mean"
 
 
 @dataclass(frozen=True)

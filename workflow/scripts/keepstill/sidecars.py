@@ -125,11 +125,13 @@ def _sources(result: Realigned, output: str, output_dir: Path) -> list[str]:
     found, settings = result.run.found, result.settings
     if output == "boldref" and settings.reference not in REFERENCES:
         return [input_uri(Path(settings.reference), found["bids_dir"], output_dir)]
-    raw = input_uri(Path(found["source"]), found["bids_dir"], output_dir)
+    inputs = found.get("sources", [found["source"]])  # several, if a mean of echoes
+    raw = [input_uri(Path(path), found["bids_dir"], output_dir) for path in inputs]
     sources = list(_SOURCES[output])
     if not result.writes_series and "bold" in sources:  # of a multi-echo run: made, but not kept
         sources[sources.index("bold")] = "raw" if result.series is not None else ""
-    return [raw if source == "raw" else result.uri(source) for source in sources if source]
+    made = [[result.uri(source)] if source != "raw" else raw for source in sources if source]
+    return [uri for uris in made for uri in uris]
 
 
 def input_uri(path: Path, bids_dir: str | None, output_dir: Path) -> str:

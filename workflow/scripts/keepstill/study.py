@@ -15,14 +15,13 @@ from keepstill.errors import InputError, counted
 from keepstill.files import claim_output_dir, refuse_foreign_data_set, why_no_room
 from keepstill.manifest import (
     engine_sha256,
-    is_complete,
-    is_echo_complete,
-    known_key,
+    has_key,
     known_sha256,
     manifest_path,
     portable_settings,
     run_key,
 )
+from keepstill.mean_echo import joint_sha256
 from keepstill.misnamed import NONE_MISNAMED, Misnamed
 from keepstill.multi_echo import with_leaders
 from keepstill.run_table import read_run_table
@@ -131,6 +130,8 @@ class Study:
         """Arguments that tell stage_run.py what a run is part of."""
         sidecar = self.runs[run].sidecar
         part = ["--sidecar", str(sidecar)] if sidecar else ["--bids-dir", str(self.bids_dir)]
+        for name, path in self.runs[run].mean_of:
+            part += ["--mean-of", name, str(path)]
         return [*part, "--multi-echo"] if self.runs[run].echoes else part
 
     def moved_by(self, run: str) -> str:
@@ -147,7 +148,7 @@ class Study:
 
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""
-        source, leader = self.runs[run].source, self.runs[run].leader
+        leader = self.runs[run].leader
         if not manifest_path(self.output_dir, run, is_echo=leader is not None).exists():
             return False
         try:
@@ -155,8 +156,18 @@ class Study:
         except InputError:
             return False  # stage says what is wrong
         if leader is None:
-            return is_complete(run, source, metadata, self.settings, self.output_dir)
-        return is_echo_complete(run, self._echo_key(run, metadata), self.output_dir)
+            return has_key(run, self._run_key(run, metadata), self.output_dir)
+        return has_key(run, self._echo_key(run, metadata), self.output_dir, is_echo=True)
+
+    def _run_key(self, run: str, metadata: Mapping[str, Any]) -> str | None:
+        """Key of a run, as its input is now; None if that cannot be read."""
+        sources = self.runs[run].mean_of or ((run, self.runs[run].source),)
+        hashes = [known_sha256(self.output_dir, *named) for named in sources]
+        known = [sha256 for sha256 in hashes if sha256 is not None]
+        if len(known) < len(hashes):
+            return None
+        sha256 = joint_sha256(known) if self.runs[run].mean_of else known[0]
+        return run_key(sha256, metadata, self.settings)
 
     def _echo_key(self, echo: str, metadata: Mapping[str, Any]) -> str | None:
         """Key of an echo, as its input and its leader's are now; None if one cannot be read."""
@@ -165,8 +176,7 @@ class Study:
             of_leader = self.metadata(leader.name)
         except InputError:
             return None
-        where = self.settings, self.output_dir
-        leader_key = known_key(leader.name, leader.source, of_leader, *where)
+        leader_key = self._run_key(leader.name, of_leader)
         input_sha256 = known_sha256(self.output_dir, echo, self.runs[echo].source)
         if leader_key is None or input_sha256 is None:
             return None

@@ -14,6 +14,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/stage.smk"
 include: "workflow/rules/realign.smk"
 include: "workflow/rules/collect.smk"
+include: "workflow/rules/echoes.smk"
 include: "workflow/rules/report.smk"
 
 

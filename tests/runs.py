@@ -10,6 +10,7 @@ import numpy as np
 from keepstill import geometry, phantom
 from keepstill.bids import Origin
 from keepstill.collect import collect_run
+from keepstill.mean_echo import stage_mean
 from keepstill.ranks import join_world, realign_staged
 from keepstill.realign import Crew
 from keepstill.settings import RealignSettings
@@ -99,6 +100,17 @@ def collected(source: Path, out: Path, settings: RealignSettings, bids_dir=None,
     collect_run(stage_dir, out, settings)
     remove_stage(stage_dir)
     return out
+
+
+def collected_leader(run, origin: Origin, stage_dir: Path, out: Path, settings) -> None:
+    """Stage, realign and collect a multi-echo run as far as its echoes share it."""
+    if run.mean_of:
+        stage_mean(dict(run.mean_of), run.name, origin, stage_dir, settings)
+    else:
+        stage_run(run.source, run.name, origin, stage_dir, settings)
+    realign_staged(stage_dir, settings, join_world(), Crew())
+    collect_run(stage_dir, out, settings)
+    remove_stage(stage_dir)
 
 
 def read_table(path: Path) -> dict[str, list[str]]:

@@ -26,7 +26,7 @@ SHAPE, SIZES = (64, 64, 36), (3.4, 3.4, 3.5)
 AFFINE = phantom.grid_affine(SHAPE, SIZES)
 SEED = 1  # of the head that all tests share
 MOVED = phantom.rigid((1.3, -0.8, 0.6), (3.0, -4.0, 5.0))
-GREY = anatomy.GREY
+GREY = phantom.PLAIN.grey
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,12 @@ def with_effects(head, n=6, poses=None, seed=3, **effects):
 def test_head_is_the_same_on_a_finer_grid():
     """A formula of the position, whatever grid it is evaluated on."""
     drawn = anatomy.draw_head(5)
-    coarse = anatomy.tissue_on(drawn, anatomy.Grid((30, 20, 13), 2.0, (-20.0, -60.0, 5.0)))
-    finer = anatomy.tissue_on(drawn, anatomy.Grid((118, 78, 50), 0.5, (-20.0, -60.0, 5.0)))
+    coarse = anatomy.tissues_on(
+        drawn, anatomy.Grid((30, 20, 13), 2.0, (-20.0, -60.0, 5.0)), [phantom.PLAIN]
+    )[0]
+    finer = anatomy.tissues_on(
+        drawn, anatomy.Grid((118, 78, 50), 0.5, (-20.0, -60.0, 5.0)), [phantom.PLAIN]
+    )[0]
     for one, other in zip(coarse, finer, strict=True):
         shared = other[::4, ::4, ::4][:13, :20, :30]
         scale = max(1.0, float(np.abs(one).max()))
@@ -65,7 +69,8 @@ def test_head_is_the_same_on_a_finer_grid():
 def test_heads_differ_and_equal_seeds_do_not():
     grid = anatomy.Grid((20, 20, 4), 4.0, (-40.0, -40.0, 20.0))
     one, same, other = (
-        anatomy.tissue_on(anatomy.draw_head(seed), grid).signal for seed in (1, 1, 2)
+        anatomy.tissues_on(anatomy.draw_head(seed), grid, [phantom.PLAIN])[0].signal
+        for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).mean() > 0.03 * GREY
@@ -123,7 +128,7 @@ def by_direct_sums(view, pose, voxels, step_mm=0.4):
     low = centres.min(axis=0) + spread.min(axis=0) - 1
     high = centres.max(axis=0) + spread.max(axis=0) + 1
     grid = fine.covering_grid(tuple(zip(low, high, strict=True)), step_mm)
-    signal = anatomy.tissue_on(anatomy.draw_head(SEED), grid).signal
+    signal = anatomy.tissues_on(anatomy.draw_head(SEED), grid, [phantom.PLAIN])[0].signal
     values = []
     for centre in centres:
         at = (centre + spread - grid.origin_mm) / step_mm

@@ -168,6 +168,11 @@ def test_motion_from_a_file(tmp_path):
         (["--shading", 1.5], "shading: 1.5 found"),
         (["--dropped-slices", 17], "dropped-slices: 17 found; needs 0 to 16"),
         (["--motion", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["--sessions", 0], "sessions: 0 found; needs 1 to 99"),
+        (["--echoes", 0], "--echoes: 0 found; needs 1 or more"),
+        (["--echoes", 3, "--echo-times-ms", 10, 20], "--echo-times-ms: 2 numbers found"),
+        (["--echo-times-ms", 30, 10], "30, 10 found; needs each longer than the last"),
+        (["--echo-times-ms", 0, 10], "echo-times-ms: 0 found; needs 1 to 500"),
         (["--oblique-deg", 91], "oblique-deg: 91 found; needs -90 to 90"),
         (["--point-spread-voxels", 0.1], "point-spread-voxels: 0.1 found"),
     ],
@@ -177,6 +182,66 @@ def test_what_cannot_be_simulated(options, words, tmp_path, capsys):
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def echoes(tmp_path_factory):
+    """Two sessions of one run, two echoes, with SBRefs, with one thread and with two."""
+    folder = tmp_path_factory.mktemp("echoes")
+    options = ["--subjects", 1, "--sessions", 2, "--echo-times-ms", 15, 45, "--sbref"]
+    for threads in (1, 2):
+        assert simulate(folder / str(threads), *options, "--threads", threads) == 0
+    return folder
+
+
+def voxels(path):
+    return np.asarray(nib.load(path).dataobj).astype(float)
+
+
+def test_sessions_echoes_and_sbrefs(echoes):
+    """Names, bytes whatever the threads, and one truth a run; times, contrast and poses as told."""
+    out = echoes / "1"
+    names = files(out)
+    assert names == files(echoes / "2")
+    for name in names:
+        assert (out / name).read_bytes() == (echoes / "2" / name).read_bytes(), name
+    stem = "sub-01/ses-02/func/sub-01_ses-02_task-rest_run-1"
+    images = {name for name in names if name.startswith(stem) and name.endswith(".nii.gz")}
+    kinds = [f"{stem}_echo-{echo}_{kind}.nii.gz" for kind in ("bold", "sbref") for echo in (1, 2)]
+    assert images == set(kinds)
+    truths = [name for name in names if "/ses-02/" in name and name.endswith("_xfm.txt")]
+    assert {name.split("_run-1_")[1].split("_")[0] for name in truths} == {
+        "from-orig",
+        "from-sbref",
+    }
+    assert len(truths) == 2
+    short, long, sbref, _ = (voxels(out / name) for name in kinds)
+    sidecar = json.loads((out / f"{stem}_echo-2_bold.json").read_text())
+    assert sidecar["EchoTime"] == 0.045
+    brain = voxels(out / f"derivatives/truth/{stem}_desc-brain_mask.nii.gz") > 0
+    ratio = np.median(long[brain, 0]) / np.median(short[brain, 0])
+    assert ratio == pytest.approx(np.exp(-30 / 50), rel=0.15)  # T2* of 50 ms
+    assert sbref.shape == short.shape[:3]
+    assert np.median(sbref[brain]) > 1.15 * np.median(short[brain, 0])
+    poses = [json.loads(path.read_text())["WorldFromHead"]
+             for path in sorted(out.rglob("*_from-orig_*_xfm.json"))]  # fmt: skip
+    assert np.linalg.norm(np.array(poses[0])[:3, 3] - np.array(poses[1])[:3, 3]) > 1
+
+
+def test_noise_of_echoes_is_their_own_and_alike(echoes):
+    stem = echoes / "1/sub-01/ses-01/func/sub-01_ses-01_task-rest_run-1"
+    made = [json.loads(Path(f"{stem}_echo-{echo}_bold.json").read_text())["Simulation"]
+            for echo in (1, 2)]  # fmt: skip
+    assert made[0]["noise_sd"] == made[1]["noise_sd"] and made[0]["seed"] != made[1]["seed"]
+
+
+@pytest.mark.parametrize("part", [".", "derivatives/truth"])
+def test_sessions_echoes_and_sbrefs_are_valid_bids(echoes, part, tmp_path):
+    environment = os.environ | {"DENO_DIR": str(tmp_path), "DENO_NO_UPDATE_CHECK": "1"}
+    command = [*VALIDATOR, str(echoes / "1" / part), "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout
+    assert json.loads(done.stdout)["summary"]["sessions"] == ["01", "02"]
 
 
 def test_short_table_and_full_folder_are_refused(tmp_path, capsys):

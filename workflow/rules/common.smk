@@ -119,8 +119,8 @@ def rank_command(wildcards, resources):
 
 
 def collected_flag(wildcards):
-    """The page of a complete run waits for nothing."""
-    run = wildcards.run
+    """What page and echoes wait for: a run, or the run that an echo is of, if it is to do."""
+    run = STUDY.moved_by(wildcards.run)
     is_to_do = run in TO_DO if workflow.is_main_process else not STUDY.is_complete(run)
     return flag("collected", run) if is_to_do else []
 
@@ -130,9 +130,10 @@ def paged_flags(wildcards):
 
 
 def wanted_flags():
+    echoes = [flag("resliced", echo) for echo in PLAN.echoes]
     if STUDY.has_pages:
-        return [flag("paged", "study")] if PLAN.study_page else []
-    return [flag("collected", run) for run in PLAN.runs]
+        return echoes + [flag("paged", "study")] * PLAN.study_page
+    return echoes + [flag("collected", run) for run in PLAN.runs]
 
 
 def end_study(failed=False):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from keepstill.bids import Origin
 from keepstill.errors import KeepstillError
+from keepstill.mean_echo import stage_mean
 from keepstill.settings import RealignSettings
 from keepstill.stage import stage_run
 
@@ -14,19 +15,22 @@ from keepstill.stage import stage_run
 def main() -> None:
     """Parse, then stage."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bold", required=True, type=Path, metavar="FILE")
+    for name in ("bids-dir", "bold", "sidecar", "stage-dir"):
+        is_required = name in ("bold", "stage-dir")
+        parser.add_argument(f"--{name}", required=is_required, type=Path, metavar="PATH")
     parser.add_argument("--run", required=True, metavar="NAME")
-    parser.add_argument("--bids-dir", default="", metavar="DIR", help="empty: no data set")
-    parser.add_argument("--sidecar", type=Path, metavar="FILE", help="of a run in no data set")
-    parser.add_argument("--stage-dir", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--multi-echo", action="store_true", help="its echoes follow")
+    parser.add_argument("--mean-of", nargs=2, action="append", metavar=("NAME", "FILE"))
     parser.add_argument("--settings", required=True, metavar="JSON")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    bids_dir = Path(args.bids_dir) if args.bids_dir else None
+    settings = RealignSettings.from_json(args.settings)
+    origin = Origin(args.bids_dir, args.sidecar, args.multi_echo)
     try:
-        settings = RealignSettings.from_json(args.settings)
-        origin = Origin(bids_dir, args.sidecar)
-        stage_run(args.bold, args.run, origin, args.stage_dir, settings)
+        if echoes := {name: Path(path) for name, path in args.mean_of or ()}:
+            stage_mean(echoes, args.run, origin, args.stage_dir, settings)
+        else:
+            stage_run(args.bold, args.run, origin, args.stage_dir, settings)
     except KeepstillError as error:
         print(f"keepstill: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,13 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keepstill import __version__
 from keepstill.errors import KeepstillError, LaunchError, SettingsError, counted
 from keepstill.progress import VolumeProgress
-from keepstill.settings import FD_FILTERS, OUTSIDE, EstimateSettings, RealignSettings
+from keepstill.settings import (
+    ALL_MEAN,
+    FD_FILTERS,
+    OUTSIDE,
+    SHORTEST,
+    EstimateSettings,
+    RealignSettings,
+)
 from keepstill.start import start_quickly
+
+if TYPE_CHECKING:
+    from keepstill.bids import Run
 
 TRIPLES = ("voxel_mm", "shape", "point_spread_voxels")
 EPILOG = """\
@@ -72,8 +82,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
     default = RealignSettings()
-    parser.add_argument("bold", type=Path, metavar="BOLD", help="4-D .nii or .nii.gz file")
+    parser.add_argument(
+        "bold",
+        type=Path,
+        nargs="+",
+        metavar="BOLD",
+        help="4-D .nii or .nii.gz file; or one for each echo of a run, named echo-1 and so on",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for all outputs")
+    parser.add_argument(
+        "--estimate-echo",
+        type=_estimate_echo,
+        default=SHORTEST,
+        metavar="shortest|N|all-mean",
+        help="echo that shows the motion of all, or their mean (default: %(default)s)",
+    )
     parser.add_argument(
         "--reference",
         default=default.reference,
@@ -217,7 +240,9 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     part = "PART"
     for name, kind, default, metavar, about in (
         ("--subjects", int, 4, "N", "number of subjects"),
-        ("--runs", int, 1, "N", "number of runs of each"),
+        ("--sessions", int, None, "N", "of each subject; None: no such level"),
+        ("--runs", int, 1, "N", "number of runs of each session"),
+        ("--echoes", int, None, "N", "of each run, with motion in common; None: one, at 30 ms"),
         ("--volumes", int, None, "N", "of each run; None: 200, or as many as FILE has"),
         ("--seed", int, 1, "N", "the same seed gives the same bytes"),
         ("--tr-s", float, 2.0, "S", "seconds from volume to volume"),
@@ -245,6 +270,14 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         parser.add_argument(name, type=kind, nargs="+", default=three, metavar="X", help=about)
+    parser.add_argument(
+        "--echo-times-ms",
+        type=float,
+        nargs="+",
+        metavar="MS",
+        help="of each echo, the shortest first; None: 14, 32, 50 and so on",
+    )
+    parser.add_argument("--sbref", action="store_true", help="a single-band reference of each run")
     parser.add_argument("--slice-timing", action="store_true", help="slices one after the other")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, or an empty one")
 
@@ -280,6 +313,10 @@ def _add_summary_arguments(parser: argparse.ArgumentParser) -> None:
         help="the table, .tsv; a JSON beside it says what its columns are "
         "(default: summary.tsv in DERIVATIVES)",
     )
+
+
+def _estimate_echo(text: str) -> str | int:
+    return text if text in (SHORTEST, ALL_MEAN) else int(text)
 
 
 def _dummy_scans(text: str) -> str | int:
@@ -339,39 +376,63 @@ def _reslice_values(args: argparse.Namespace) -> dict[str, Any]:
 
 def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world: Any) -> None:
     """Stage on rank 0, realign on all, collect on rank 0; the stage directory goes in any case."""
-    from keepstill.bids import run_name
     from keepstill.collect import collect_run, summary_line
+    from keepstill.multi_echo import runs_of_files
     from keepstill.ranks import n_threads_of, on_first, realign_staged, share
     from keepstill.read import open_staged
     from keepstill.realign import Crew
 
     began_s = time.perf_counter()
-    run = run_name(args.bold)
-    n_threads = args.threads or n_threads_of(world)
+    first, *echoes = on_first(world, lambda: runs_of_files(args.bold, args.estimate_echo))
+    run, n_threads = first.name, args.threads or n_threads_of(world)
+    lines: list[str] = []
     with contextlib.ExitStack() as stack:
-        stage_dir = on_first(world, lambda: _stage(args, run, settings, stack))
+        stage_dir = on_first(world, lambda: _stage(args, first, settings, stack))
         n_mine = len(share(open_staged(stage_dir).n_volumes, world.size, world.rank))
         n_mine *= 2 if settings.reslices_twice else 1
         label = run if world.size == 1 else f"{run} (one of {world.size} ranks)"
         with VolumeProgress(label, n_mine, is_shown=world.rank == 0) as progress:
             realign_staged(stage_dir, settings, world, Crew(n_threads, progress.count))
         summary = on_first(world, lambda: collect_run(stage_dir, args.out, settings, n_threads))
+        if settings.reslice:
+            work = _echo_work(args, stage_dir, settings, n_threads)
+            lines = on_first(world, lambda: [work(echo) for echo in echoes])
     if world.rank == 0:
         seconds = time.perf_counter() - began_s
         print(f"{summary_line(run, summary)} ({seconds:.1f} s, in {args.out})")
+        print("".join(f"{line}\n" for line in lines), end="")
+
+
+def _echo_work(
+    args: argparse.Namespace, stage_dir: Path, settings: RealignSettings, n_threads: int
+) -> Callable[["Run"], str]:
+    """What is done with each echo once the run's motion is known; a line about it comes out."""
+    from keepstill.echoes import Echo, realign_echo
+
+    def work(run: "Run") -> str:
+        echo = Echo(run.source, run.name, run.leader or "")
+        return realign_echo(echo, stage_dir / run.name, args.out, settings, n_threads)
+
+    return work
 
 
 def _stage(
-    args: argparse.Namespace, run: str, settings: RealignSettings, stack: contextlib.ExitStack
+    args: argparse.Namespace, run: "Run", settings: RealignSettings, stack: contextlib.ExitStack
 ) -> Path:
     """Stage the run in a folder that goes with the stack; what can fail early fails first."""
+    from keepstill.bids import Origin
     from keepstill.files import claim_output_dir
+    from keepstill.mean_echo import stage_mean
     from keepstill.stage import private_stage_root, single_stage_dir, stage_run
 
-    claim_output_dir(args.out, run)
+    claim_output_dir(args.out, run.name)
     stage_root = private_stage_root(args.stage_root)
     stage_dir: Path = stack.enter_context(single_stage_dir(stage_root))
-    stage_run(args.bold, run, None, stage_dir, settings)
+    origin = Origin(is_multi_echo=bool(run.echoes))
+    if run.mean_of:
+        stage_mean(dict(run.mean_of), run.name, origin, stage_dir, settings)
+    else:
+        stage_run(run.source, run.name, origin, stage_dir, settings)
     return stage_dir
 
 
@@ -465,16 +526,30 @@ def _three(name: str, given: Sequence[float]) -> tuple[float, ...]:
     return tuple(given) * (3 // len(given))
 
 
+def _echo_times_ms(n: int | None, given: Sequence[float] | None) -> tuple[float, ...]:
+    """Times of a run's echoes from their number, their times, or both."""
+    from keepstill.phantom import default_echo_times_ms
+
+    if n is not None and n < 1:
+        raise SettingsError(f"--echoes: {n} found; needs 1 or more")
+    if n is not None and given and len(given) != n:
+        raise SettingsError(
+            f"--echo-times-ms: {len(given)} numbers found; needs one for each echo ({n})"
+        )
+    return tuple(given) if given else default_echo_times_ms(n or 0)
+
+
 def _simulate(args: argparse.Namespace) -> int:
     from keepstill.phantom import Effects
     from keepstill.simulate import StudyPlan, simulate_study
 
     values = vars(args) | {name: _three(name, getattr(args, name)) for name in TRIPLES}
+    values["echo_times_ms"] = _echo_times_ms(args.echoes, args.echo_times_ms)
     effects = Effects(**{f.name: values[f.name] for f in fields(Effects)})
     of_plan = {f.name: values[f.name] for f in fields(StudyPlan) if f.name in values}
     plan = StudyPlan(**of_plan, effects=effects)
     n_threads = args.threads or len(os.sched_getaffinity(0))
-    n = plan.n_volumes * plan.runs * plan.subjects
+    n = plan.n_written
     with VolumeProgress(f"{args.out}", n, is_shown=True) as progress:
         simulate_study(args.out, plan, n_threads, progress.count)
     print(f"{n} volumes of {plan.subjects} subjects in {args.out}")

@@ -44,6 +44,12 @@ class Run:
     sidecar : Path or None
         The one JSON of a run outside BIDS, which need not exist; None for a run of a data set,
         whose sidecars are looked for.
+    echoes : tuple of str
+        Names of a multi-echo run's echoes, whose motion is estimated on `source`.
+    mean_of : tuple of (str, Path)
+        Name and file of each echo, where motion is estimated on the mean of all.
+    leader : str or None
+        Name of the multi-echo run that this is an echo of.
     """
 
     name: str
@@ -52,6 +58,9 @@ class Run:
     session: str | None
     entities: Mapping[str, str]
     sidecar: Path | None = None
+    echoes: tuple[str, ...] = ()
+    mean_of: tuple[tuple[str, Path], ...] = ()
+    leader: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,13 @@ class Origin:
     sidecar : Path or None
         The JSON of a run that a table lists, which need not exist. Such a run is part of no data
         set, wherever it lies.
+    is_multi_echo : bool
+        Whether the run's motion serves echoes, whose files are made by themselves.
     """
 
     bids_dir: Path | None = None
     sidecar: Path | None = None
+    is_multi_echo: bool = False
 
     def folder(self, run: str) -> str:
         """Folder of the run's outputs; none for a run that is part of no study."""
@@ -190,7 +202,9 @@ def _named_runs(
             f"{bids_dir}: no run found (images found: {found}); needs files "
             "sub-*/[ses-*/]func/*_bold.nii[.gz]"
         )
-    runs = sorted((_run(bids_dir / path) for path in bold), key=lambda run: (run.name, run.source))
+    runs = sorted(
+        (file_run(bids_dir / path) for path in bold), key=lambda run: (run.name, run.source)
+    )
     kept = [run for run in runs if run.entities.get("part") != "phase"]
     if not kept:
         raise InputError(
@@ -284,6 +298,16 @@ def run_name(path: Path) -> str:
     return _stem(path.name).removesuffix("_bold")
 
 
+def run_file(run: Run) -> Path:
+    """The BOLD file that a run is named after; a multi-echo run has none, but one could be there.
+
+    It says where what lies beside the raw data, such as the truth of a simulated run, is looked
+    for.
+    """
+    ending = run.source.name[len(_stem(run.source.name)) :]
+    return run.source.with_name(f"{run.name}_bold{ending}")
+
+
 def derivative_folder(run: str) -> PurePosixPath:
     """Folder of a run's outputs, relative to the output directory: ``sub-01/ses-a/func``."""
     parts = run.split("_")
@@ -345,10 +369,11 @@ def _silence_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def _run(path: Path) -> Run:
+def file_run(path: Path) -> Run:
+    """The run in a BOLD file, by the file's name; a name outside BIDS has no subject."""
     name = run_name(path)
     entities = _entities(name)
-    return Run(name, path, entities["sub"], entities.get("ses"), entities)
+    return Run(name, path, entities.get("sub", ""), entities.get("ses"), entities)
 
 
 def _refuse_twins(runs: Sequence[Run]) -> None:

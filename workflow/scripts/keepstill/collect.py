@@ -23,9 +23,8 @@ from keepstill.errors import OutputError, counted
 from keepstill.files import put_file, put_text
 from keepstill.manifest import (
     Manifest,
-    Stamp,
     describe_outputs,
-    remember_input,
+    remember_inputs,
     withdraw_manifest,
     write_manifest,
 )
@@ -86,8 +85,8 @@ def collect_run(
     result = open_result(stage_dir, settings)
     folder = result.run.found["folder"]
     _refuse_own_input(result, output_dir, output_dir / PurePosixPath(folder))
-    with _as_output_error(result.run.run, output_dir):
-        _remove_parts(output_dir / PurePosixPath(folder), result.run.run)
+    with as_output_error(result.run.run, output_dir):
+        remove_parts(output_dir / PurePosixPath(folder), result.run.run)
         if folder:
             describe_dataset(output_dir, result.run.found["bids_dir"])
         findings = _find(result)
@@ -130,7 +129,7 @@ def _refuse_own_input(result: Realigned, output_dir: Path, folder: Path) -> None
             )
 
 
-def _remove_parts(folder: Path, run: str) -> None:
+def remove_parts(folder: Path, run: str) -> None:
     """Remove what a killed call was writing; a run is collected by one call at a time."""
     for part in folder.glob(f".{glob.escape(run)}_*.part"):
         part.unlink(missing_ok=True)
@@ -155,13 +154,13 @@ def _complete(
         warnings=result.warnings,
     )
     if found["folder"]:
-        stamp = Stamp(**found["input"]["stamp"])
-        remember_input(output_dir, result.run.run, stamp, found["input"]["sha256"])
+        remember_inputs(output_dir, result.run.run, found["input"])
     write_manifest(output_dir, manifest)
 
 
 @contextlib.contextmanager
-def _as_output_error(run: str, output_dir: Path) -> Iterator[None]:
+def as_output_error(run: str, output_dir: Path) -> Iterator[None]:
+    """What the system says of a run's outputs, as an `OutputError`."""
     try:
         yield
     except OSError as error:
@@ -287,7 +286,7 @@ def _write_all(
         path = folder / result.name(output)
         write.put_volume(path, _header(result, output, volume), volume)
         yield from (path, _put_sidecar(path, sidecar(result, output, output_dir)))
-    if result.series is not None:
+    if result.writes_series:
         path = folder / result.name("bold")
         _write_series(result, findings.coverage, path, n_threads)
         yield from (path, _put_sidecar(path, sidecar(result, "bold", output_dir)))

@@ -21,12 +21,23 @@ from keepstill.settings import RealignSettings
 PACKAGE = Path(__file__).parent
 # What cannot change a run's files: where and when things run, what is shown, what is shared out.
 WITHOUT_EFFECT = (
-    *("__main__", "apply", "config", "config_files", "lanes", "misnamed", "preflight"),
-    *("phantom", "progress", "report", "run_table", "selftest", "simulate", "start", "study"),
-    *("summary", "transforms", "truth", "warm"),
+    *("__main__", "config", "config_files", "lanes", "misnamed", "preflight"),
+    *(
+        "phantom",
+        "progress",
+        "report",
+        "multi_echo",
+        "run_table",
+        "selftest",
+        "simulate",
+        "start",
+        "study",
+    ),
+    *("summary", "truth", "warm"),
 )
 
 MANIFESTS = "manifests"  # folder below the output directory
+ECHOES = "echoes"  # below that, of the echoes of multi-echo runs
 # Anything else is the path of a file.
 REFERENCES = ("first", "middle", "mean", "median", "lowest-motion")
 
@@ -59,6 +70,9 @@ class Manifest:
     summary : dict
         Figures of the run for pages and logs; None for a figure that is not known.
     warnings : tuple of str
+    leader_key : str
+        Key of the multi-echo run whose motion an echo was resliced with; empty for a run with a
+        motion of its own.
     """
 
     run: str
@@ -69,11 +83,13 @@ class Manifest:
     outputs: Mapping[str, Mapping[str, Any]]
     summary: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    leader_key: str = ""
 
 
-def manifest_path(output_dir: Path, run: str) -> Path:
-    """Where the manifest of a run lies."""
-    return output_dir / MANIFESTS / f"{run}.json"
+def manifest_path(output_dir: Path, run: str, *, is_echo: bool = False) -> Path:
+    """Where the manifest of a run lies, or of one echo of a multi-echo run."""
+    folder = output_dir / MANIFESTS / ECHOES if is_echo else output_dir / MANIFESTS
+    return folder / f"{run}.json"
 
 
 def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
@@ -82,7 +98,9 @@ def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
     values = {
         "keepstill_version": __version__,
         "run": manifest.run,
-        "key": _key(manifest.input_sha256, sidecar_sha256, manifest.settings),
+        "key": run_key(
+            manifest.input_sha256, manifest.metadata, manifest.settings, manifest.leader_key
+        ),
         "engine": engine_sha256(),
         "settings": portable_settings(manifest.settings),
         "input": {
@@ -94,24 +112,27 @@ def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
         "summary": manifest.summary,
         "warnings": list(manifest.warnings),
     }
-    path = manifest_path(output_dir, manifest.run)
+    if manifest.leader_key:
+        values["leader_key"] = manifest.leader_key
+    path = manifest_path(output_dir, manifest.run, is_echo=bool(manifest.leader_key))
     put_text(path, json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return path
 
 
-def read_manifest(output_dir: Path, run: str) -> dict[str, Any] | None:
+def read_manifest(output_dir: Path, run: str, *, is_echo: bool = False) -> dict[str, Any] | None:
     """The manifest of a run as it was written; None if there is none or it is damaged."""
+    path = manifest_path(output_dir, run, is_echo=is_echo)
     try:
-        values = json.loads(manifest_path(output_dir, run).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) and values.get("run") == run else None
 
 
-def withdraw_manifest(output_dir: Path, run: str) -> set[Path]:
+def withdraw_manifest(output_dir: Path, run: str, *, is_echo: bool = False) -> set[Path]:
     """Remove a run's manifest, before any of its outputs is written over; the outputs it named."""
-    values = read_manifest(output_dir, run) or {}
-    manifest_path(output_dir, run).unlink(missing_ok=True)
+    values = read_manifest(output_dir, run, is_echo=is_echo) or {}
+    manifest_path(output_dir, run, is_echo=is_echo).unlink(missing_ok=True)
     outputs = values.get("outputs")
     return {output_dir / path for path in outputs} if isinstance(outputs, dict) else set()
 
@@ -135,18 +156,50 @@ def is_complete(
     Outputs are compared by size. The input is hashed only if its stamp has changed since it was
     hashed last; an input that is gone counts as what it was.
     """
-    manifest = read_manifest(output_dir, run)
+    key = known_key(run, source, metadata, settings, output_dir)
+    return has_key(run, key, output_dir)
+
+
+def has_key(run: str, key: str | None, output_dir: Path, *, is_echo: bool = False) -> bool:
+    """Whether the files of a run, or of one echo of a multi-echo run, are there and have a key."""
+    manifest = read_manifest(output_dir, run, is_echo=is_echo)
     if manifest is None or not has_outputs(output_dir, manifest.get("outputs")):
         return False
-    input_sha256 = _known_sha256(output_dir, run, source)
-    if input_sha256 is None:
-        return False
-    return bool(manifest.get("key") == run_key(input_sha256, metadata, settings))
+    return key is not None and bool(manifest.get("key") == key)
 
 
-def run_key(input_sha256: str, metadata: Mapping[str, Any], settings: RealignSettings) -> str:
-    """Hash of all that a run's files depend on: input, sidecars, settings, engine."""
-    return _key(input_sha256, _json_sha256(metadata), settings)
+def known_key(
+    run: str, source: Path, metadata: Mapping[str, Any], settings: RealignSettings, output_dir: Path
+) -> str | None:
+    """A run's key; None if its input cannot be read. It is hashed only if its stamp has changed."""
+    input_sha256 = known_sha256(output_dir, run, source)
+    return None if input_sha256 is None else run_key(input_sha256, metadata, settings)
+
+
+def run_key(
+    input_sha256: str,
+    metadata: Mapping[str, Any],
+    settings: RealignSettings,
+    leader_key: str = "",
+) -> str:
+    """Hash of all that a run's files depend on: input, sidecars, settings, engine.
+
+    An echo's file depends on the run that its motion was estimated on as well.
+    """
+    depends_on = {
+        "input": input_sha256,
+        "sidecar": _json_sha256(metadata),
+        "settings": portable_settings(settings),
+        "engine": engine_sha256(),
+    }
+    return _json_sha256(depends_on | ({"leader": leader_key} if leader_key else {}))
+
+
+def remember_inputs(output_dir: Path, run: str, entry: Mapping[str, Any]) -> None:
+    """Note the hashes of a staged run's input, or of each of the echoes that it is the mean of."""
+    parts = entry.get("parts", {run: entry})
+    for name, part in parts.items():
+        remember_input(output_dir, name, Stamp(**part["stamp"]), part["sha256"])
 
 
 def remember_input(output_dir: Path, run: str, stamp: Stamp, sha256: str) -> None:
@@ -184,17 +237,6 @@ def engine_sha256() -> str:
     return digest.hexdigest()
 
 
-def _key(input_sha256: str, sidecar_sha256: str, settings: RealignSettings) -> str:
-    return _json_sha256(
-        {
-            "input": input_sha256,
-            "sidecar": sidecar_sha256,
-            "settings": portable_settings(settings),
-            "engine": engine_sha256(),
-        }
-    )
-
-
 def has_outputs(output_dir: Path, outputs: Any) -> bool:
     """Whether the files that a manifest names are there, with the sizes that it gives."""
     try:
@@ -206,7 +248,7 @@ def has_outputs(output_dir: Path, outputs: Any) -> bool:
         return False
 
 
-def _known_sha256(output_dir: Path, run: str, source: Path) -> str | None:
+def known_sha256(output_dir: Path, run: str, source: Path) -> str | None:
     """Hash of an input, from the notes if its stamp allows; None if it cannot be known."""
     noted_stamp, noted_sha256 = _noted(_identity_path(output_dir, run))
     try:

@@ -8,11 +8,12 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from isal import isal_zlib
 
+from keepstill.bids import Run
 from keepstill.errors import InputError, counted
 from keepstill.manifest import REFERENCES
 from keepstill.nifti import (
@@ -30,6 +31,8 @@ from keepstill.study import Plan, Study
 # Mvoxel of 64 x 64 x 36 x 200 (2 ranks, degree 5, kernels compiled, AMD EPYC, 2026).
 CPU_S_PER_RUN = 5.0
 CPU_S_PER_MVOXEL = 0.1
+# An echo of a multi-echo run starts Python once, and is resliced only.
+CPU_S_PER_ECHO, ECHO_PART = 1.5, 0.5
 # Written voxels are 0.69 to 0.89 of their size without compression, float32 and int16 alike.
 COMPRESSED = 0.9
 BYTES_PER_VOXEL = {"float32": 4, "int16": 2}
@@ -69,11 +72,12 @@ class Needs:
 
 def preflight(study: Study, plan: Plan) -> Iterator[str]:
     """Lines for the user: runs found, complete and to do, and what those to do will take."""
-    yield plan.in_words(len(study.runs))
+    yield plan.in_words(study.n_runs)
     yield from study.misnamed.in_words()
-    if not plan.runs:
+    planned = (*plan.runs, *plan.echoes)
+    if not planned:
         return
-    needs = study_needs(study, plan.runs)
+    needs = study_needs(study, planned)
     shared = study.stage_root.parent
     output_free, shared_free = free_bytes(study.output_dir), free_bytes(shared)
     yield f"output: {_gb(needs.output_bytes)}, {_gb(output_free)} free in {study.output_dir}"
@@ -106,11 +110,31 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
         except InputError as error:
             refused.append((name, str(error).removeprefix(f"{name}: ")))
             continue
-        needs = run_needs(layout, study.settings, grid_voxels)
+        needs = _needs_of(study.runs[name], layout, study.settings, grid_voxels)
         output_bytes += needs.output_bytes
         lane_bytes = max(lane_bytes, needs.lane_bytes)
         cpu_s += needs.cpu_s
     return Needs(output_bytes, lane_bytes, cpu_s, tuple(refused))
+
+
+def _needs_of(
+    run: Run, layout: Layout, settings: RealignSettings, grid_voxels: int | None
+) -> Needs:
+    """What one run will take; a multi-echo run and its echoes share out what is written."""
+    whole = run_needs(layout, settings, grid_voxels)
+    if not (run.echoes or run.leader):
+        return whole
+    without = run_needs(layout, replace(settings, reslice=False), grid_voxels)
+    if run.echoes:
+        nx, ny, nz, n_volumes = layout.shape
+        mean = layout.n_bytes + 4 * nx * ny * nz * n_volumes if run.mean_of else 0  # and an echo
+        lane_bytes = whole.lane_bytes + mean
+        return replace(whole, output_bytes=without.output_bytes, lane_bytes=lane_bytes)
+    return Needs(
+        output_bytes=whole.output_bytes - without.output_bytes,
+        lane_bytes=without.lane_bytes,
+        cpu_s=CPU_S_PER_ECHO + (whole.cpu_s - CPU_S_PER_RUN) * ECHO_PART,
+    )
 
 
 def run_needs(layout: Layout, settings: RealignSettings, grid_voxels: int | None = None) -> Needs:

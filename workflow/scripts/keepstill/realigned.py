@@ -85,22 +85,35 @@ class Realigned:
 
     def name(self, output: str) -> str:
         """File name of one of the `OUTPUTS`."""
-        ending, entities = OUTPUTS[output]
-        return derivative_name(
-            self.run.run, ending, entities or {"desc": self.settings.output_desc}
-        )
+        return output_name(self.run.run, output, self.settings)
+
+    @property
+    def writes_series(self) -> bool:
+        """Whether the realigned run is one of the outputs; a multi-echo run leaves it to echoes."""
+        return self.series is not None and not self.run.found["is_multi_echo"]
 
     def uri(self, output: str) -> str:
-        """BIDS URI of an output, by its place in the derivative data set.
+        """BIDS URI of an output, by its place in the derivative data set."""
+        return output_uri(self.run, self.name(output))
 
-        A run of a data set that is written to a plain folder has the same URI, so that its
-        sidecars are the same; a run outside any data set has a relative reference instead.
-        """
-        folder = PurePosixPath(self.run.found["folder"])
-        if self.run.found["bids_dir"] and not folder.name:
-            folder = derivative_folder(self.run.run)
-        path = percent_encoded((folder / self.name(output)).as_posix())
-        return f"bids::{path}" if folder.name else path
+
+def output_name(run: str, output: str, settings: RealignSettings) -> str:
+    """File name of one of a run's `OUTPUTS`."""
+    ending, entities = OUTPUTS[output]
+    return derivative_name(run, ending, entities or {"desc": settings.output_desc})
+
+
+def output_uri(run: StagedRun, name: str) -> str:
+    """BIDS URI of a file beside a run's outputs, by its place in the derivative data set.
+
+    A run of a data set that is written to a plain folder has the same URI, so that its
+    sidecars are the same; a run outside any data set has a relative reference instead.
+    """
+    folder = PurePosixPath(run.found["folder"])
+    if run.found["bids_dir"] and not folder.name:
+        folder = derivative_folder(run.run)
+    path = percent_encoded((folder / name).as_posix())
+    return f"bids::{path}" if folder.name else path
 
 
 def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:

@@ -9,6 +9,9 @@ from keepstill.errors import SettingsError
 OUTSIDE = ("zero", "nan", "nearest")
 FD_FILTERS = ("none", "notch", "lowpass")
 
+# On what the motion of a multi-echo run is estimated, if not on an echo by its number.
+SHORTEST, ALL_MEAN = "shortest", "all-mean"
+
 
 @dataclass(frozen=True)
 class EstimateSettings:

@@ -124,16 +124,17 @@ def _provenance(result: Realigned, output: str, output_dir: Path) -> dict[str, A
 def _sources(result: Realigned, output: str, output_dir: Path) -> list[str]:
     found, settings = result.run.found, result.settings
     if output == "boldref" and settings.reference not in REFERENCES:
-        return [_input_uri(Path(settings.reference), found["bids_dir"], output_dir)]
-    raw = _input_uri(Path(found["source"]), found["bids_dir"], output_dir)
-    return [
-        raw if source == "raw" else result.uri(source)
-        for source in _SOURCES[output]
-        if source != "bold" or result.series is not None
-    ]
+        return [input_uri(Path(settings.reference), found["bids_dir"], output_dir)]
+    inputs = found.get("sources", [found["source"]])  # several, if a mean of echoes
+    raw = [input_uri(Path(path), found["bids_dir"], output_dir) for path in inputs]
+    sources = list(_SOURCES[output])
+    if not result.writes_series and "bold" in sources:  # of a multi-echo run: made, but not kept
+        sources[sources.index("bold")] = "raw" if result.series is not None else ""
+    made = [[result.uri(source)] if source != "raw" else raw for source in sources if source]
+    return [uri for uris in made for uri in uris]
 
 
-def _input_uri(path: Path, bids_dir: str | None, output_dir: Path) -> str:
+def input_uri(path: Path, bids_dir: str | None, output_dir: Path) -> str:
     """BIDS URI of an input in the raw data set; of any other, how to get there."""
     path = Path(os.path.abspath(path))
     if bids_dir and path.is_relative_to(bids_dir):

@@ -1,27 +1,32 @@
 """A BIDS study of made-up heads, with the truth of their motion beside it."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill import __version__, phantom, write
+from keepstill import __version__, geometry, phantom, write
 from keepstill.errors import OutputError, SettingsError
 from keepstill.files import put_text
 from keepstill.phantom.motion import COLUMNS, KINDS
 from keepstill.phantom.run import DROPPED_SIGNAL, Run, task_blocks_s
 from keepstill.sidecars import CODE_URL
-from keepstill.truth import BOUND, BRAIN, TRANSFORMS, TRUTH
+from keepstill.truth import BOUND, BRAIN, SBREF_TRANSFORM, TRANSFORMS, TRUTH
 
 BIDS_VERSION = "1.11.0"
 _DEFAULT_VOLUMES = 200
 _INT16_LIMIT = 32767
+# A head is put down elsewhere in each session, by up to this: mm, and degrees.
+_SESSION_SHIFT_MM, _SESSION_TURN_DEG = 4.0, 3.0
+# Standard deviation of what a head moves by between its SBRef and volume 0, mm and degrees.
+_SBREF_JITTER = 0.3
+_MOST_ECHOES = 20
 
 README = """\
 # A simulated study
@@ -32,6 +37,8 @@ by a known motion, blurred by the scanner's point spread, sampled and given Rici
 The truth is in `derivatives/truth`: a rigid transform a volume as ITK text, the same as six numbers
 in a table, and the brain in volume 0. The sidecar of each run holds its settings and the
 Cramér-Rao bound: the mean displacement error over the brain that no unbiased estimate can beat.
+The echoes of a run have one motion and one truth. `WorldFromHead`, beside the transforms, is where
+the head is in volume 0: what runs and sessions of a subject are apart.
 """
 IGNORED_TRUTH = ("*_xfm.*", "*_timeseries.*")
 
@@ -43,7 +50,13 @@ class StudyPlan:
     Attributes
     ----------
     subjects, runs : int
-        Number of subjects, and of runs of each.
+        Number of subjects, and of runs of each in each session.
+    sessions : int or None
+        Number of sessions, for each of which the head is put down anew; None makes no such level.
+    echo_times_ms : tuple of float
+        Of each run's echoes, the shortest first; () makes runs of one echo, at 30 ms.
+    sbref : bool
+        Whether each run comes with a single-band reference on its grid, taken just before.
     volumes : int or None
         Of each run; None takes 200, or as many as a file of motion has.
     seed : int
@@ -64,6 +77,9 @@ class StudyPlan:
 
     subjects: int = 4
     runs: int = 1
+    sessions: int | None = None
+    echo_times_ms: tuple[float, ...] = ()
+    sbref: bool = False
     volumes: int | None = None
     seed: int = 1
     shape: tuple[int, int, int] = (64, 64, 36)
@@ -81,6 +97,10 @@ class StudyPlan:
         for name, value, low, high in (
             ("subjects", self.subjects, 1, 9999),
             ("runs", self.runs, 1, 99),
+            ("sessions", 1 if self.sessions is None else self.sessions, 1, 99),
+            ("echoes", len(self.echo_times_ms), 0, _MOST_ECHOES),
+            ("echo-times-ms", min(self.echo_times_ms, default=1), 1, 500),
+            ("echo-times-ms", max(self.echo_times_ms, default=1), 1, 500),
             ("volumes", self.volumes or 2, 2, 100_000),
             ("seed", self.seed, 0, 2**63 - 1),
             ("shape", min(self.shape), 4, 32767),
@@ -100,6 +120,9 @@ class StudyPlan:
         ):
             if not low <= value <= high:
                 raise SettingsError(f"{name}: {value:g} found; needs {low:g} to {high:g}")
+        if list(self.echo_times_ms) != sorted(set(self.echo_times_ms)):
+            shown = ", ".join(f"{echo_ms:g}" for echo_ms in self.echo_times_ms)
+            raise SettingsError(f"echo-times-ms: {shown} found; needs each longer than the last")
 
     @property
     def n_volumes(self) -> int:
@@ -110,6 +133,18 @@ class StudyPlan:
     def task(self) -> str:
         """Label of the task: a block design if cortex is to be active, else rest."""
         return "blocks" if self.effects.activation_percent else "rest"
+
+    @property
+    def series(self) -> list[tuple[int | None, int]]:
+        """Session (None without that level) and number of each run of a subject."""
+        sessions = range(1, self.sessions + 1) if self.sessions else (None,)
+        return [(s, number) for s in sessions for number in range(1, self.runs + 1)]
+
+    @property
+    def n_written(self) -> int:
+        """Number of volumes of the whole study, SBRefs included."""
+        of_run = (self.n_volumes + self.sbref) * max(len(self.echo_times_ms), 1)
+        return of_run * len(self.series) * self.subjects
 
     def scanner(self) -> phantom.Scanner:
         """The scanner, its grid stored LAS about the head."""
@@ -159,13 +194,7 @@ def simulate_study(
             raise OutputError(f"{out}: not an empty folder; choose another one")
         _describe(out, plan)
         for subject in range(1, plan.subjects + 1):
-            blur_mm = float(plan.scanner().point_spread_mm.min())
-            head = phantom.fine_head(_seed(plan.seed, subject), blur_mm)
-            for number in range(1, plan.runs + 1):
-                seed = _seed(plan.seed, subject, number)
-                run = phantom.make_run(head, plan.scanner(), plan.poses(seed), plan.effects, seed)
-                place = _Place(out, f"sub-{subject:02d}", f"task-{plan.task}_run-{number}")
-                _write_run(place, plan, run, _volumes(run, n_threads, on_volume))
+            _Subject(out, plan, subject).write(n_threads, on_volume)
 
 
 def _seed(*path: int) -> int:
@@ -173,45 +202,168 @@ def _seed(*path: int) -> int:
     return int(np.random.SeedSequence(path[0], spawn_key=path[1:]).generate_state(1, np.uint64)[0])
 
 
+class _View(NamedTuple):
+    """One of the images that are taken of each run: an echo, with or without multiband."""
+
+    echo: int | None
+    echo_ms: float | None
+    is_sbref: bool
+
+    @property
+    def suffix(self) -> str:
+        return "sbref" if self.is_sbref else "bold"
+
+    @property
+    def contrast(self) -> phantom.Contrast:
+        plain = phantom.PLAIN
+        at_echo = plain.at_echo(self.echo_ms) if self.echo_ms else plain
+        return at_echo.single_band() if self.is_sbref else at_echo
+
+
+def _views(plan: StudyPlan) -> list[_View]:
+    """What is taken of each run; the first one says what the noise is."""
+    echoes = [_View(echo, echo_ms, False) for echo, echo_ms in enumerate(plan.echo_times_ms, 1)]
+    bold = echoes or [_View(None, None, False)]
+    return bold + [view._replace(is_sbref=True) for view in bold if plan.sbref]
+
+
 @dataclass(frozen=True)
 class _Place:
-    """Where a run's files go."""
+    """Where a run's files go; `series` is all of its name that its echoes share."""
 
     out: Path
     subject: str
-    rest: str
+    session: str | None
+    series: str
 
-    def raw(self, ending: str) -> Path:
-        return self.out / self.subject / "func" / f"{self.subject}_{self.rest}_{ending}"
+    def raw(self, view: _View, extension: str) -> Path:
+        echo = "" if view.echo is None else f"_echo-{view.echo}"
+        return self.out / self._file(f"{echo}_{view.suffix}{extension}")
+
+    def events(self) -> Path:
+        return self.out / self._file("_events.tsv")
 
     def truth(self, ending: str) -> Path:
-        folder = self.out / TRUTH / self.subject / "func"
-        return folder / f"{self.subject}_{self.rest}_{ending}"
+        return self.out / TRUTH / self._file(f"_{ending}")
+
+    def uri(self, view: _View) -> str:
+        return f"bids:raw:{self.raw(view, '.nii.gz').relative_to(self.out).as_posix()}"
+
+    def _file(self, ending: str) -> Path:
+        levels = [self.subject] + ([self.session] if self.session else [])
+        return Path(*levels, "func", "_".join([*levels, self.series]) + ending)
 
 
-def _write_run(
-    place: _Place, plan: StudyPlan, run: Run, volumes: Iterable[NDArray[np.int16]]
-) -> None:
-    bound = phantom.cramer_rao(run)
-    known = {"TemplateKnown": bound.template_known_mm, "NoisyReference": bound.noisy_reference_mm}
+_Images = tuple[Run, Iterable[NDArray[np.int16]]]
+
+
+class _Subject:
+    """A subject: one head in the contrasts of all views, and the runs that show it."""
+
+    def __init__(self, out: Path, plan: StudyPlan, subject: int) -> None:
+        self._out, self._plan, self._subject = out, plan, subject
+        # Noise and pose of volume 0 of each run, found with its first view.
+        self._first: dict[tuple[int | None, int], tuple[float, NDArray[np.float64]]] = {}
+
+    def write(self, n_threads: int, on_volume: Callable[[], object]) -> None:
+        """Write all files of the subject."""
+        blur_mm = float(self._plan.scanner().point_spread_mm.min())
+        views = _views(self._plan)
+        contrasts = tuple(view.contrast for view in views)
+        heads = phantom.fine_heads(_seed(self._plan.seed, self._subject), blur_mm, contrasts)
+        for view, head in zip(views, heads, strict=True):
+            for series in self._plan.series:
+                run = self._run(head, view, series)
+                volumes = _volumes(run, n_threads, on_volume)
+                self._write_run(view, series, (run, volumes))
+
+    def _write_run(self, view: _View, series: tuple[int | None, int], images: _Images) -> None:
+        """Write one view of a run, and what is known of it."""
+        place, run = self._place(series), images[0]
+        if view.is_sbref:
+            _write_sbref(place, self._plan, view, images)
+            if view.echo in (None, 1):
+                sbref_from_first = run.poses[0] @ geometry.inverse(self._first[series][1])
+                _write_sbref_truth(place, view, sbref_from_first)
+            return
+        bound = phantom.cramer_rao(run)
+        bound_mm = {"TemplateKnown": bound.template_known_mm}
+        bound_mm["NoisyReference"] = bound.noisy_reference_mm
+        _write_bold(place, view, images, _bold_json(self._plan, run, view, bound_mm))
+        if view.echo in (None, 1):
+            _write_events(place, self._plan, run)
+            _write_truth(place, self._plan, run, bound_mm)
+
+    def _place(self, series: tuple[int | None, int]) -> _Place:
+        session = None if series[0] is None else f"ses-{series[0]:02d}"
+        name = f"task-{self._plan.task}_run-{series[1]}"
+        return _Place(self._out, f"sub-{self._subject:02d}", session, name)
+
+    def _run(self, head: phantom.FineHead, view: _View, series: tuple[int | None, int]) -> Run:
+        """A run as one of its views shows it; all views have one motion and one noise."""
+        plan, (session, number) = self._plan, series
+        path = [number] if session is None else [number, session]
+        seed = _seed(plan.seed, self._subject, *path)
+        poses, effects = plan.poses(seed), plan.effects
+        if session is not None:
+            poses = poses @ _session_pose(_seed(plan.seed, self._subject, 0, session))
+        if view.is_sbref:
+            poses = _sbref_pose(plan, seed) @ poses[:1]
+            effects = replace(effects, dropped_slices=0, first_brighter=0, activation_percent=0)
+        run = phantom.make_run(head, plan.scanner(), poses, effects, seed)
+        if series not in self._first:
+            self._first[series] = run.noise_sd, run.poses[0]
+            return run
+        own_noise = _seed(seed, view.echo or 0, int(view.is_sbref))
+        return replace(run, noise_sd=self._first[series][0], seed=own_noise)
+
+
+def _session_pose(seed: int) -> NDArray[np.float64]:
+    """Where a head is put down for a session, world from head."""
+    shift_mm, turn_deg = np.random.default_rng(seed).uniform(-1, 1, (2, 3))
+    return phantom.rigid(_SESSION_SHIFT_MM * shift_mm, _SESSION_TURN_DEG * turn_deg)
+
+
+def _sbref_pose(plan: StudyPlan, seed: int) -> NDArray[np.float64]:
+    """Where a head is in its SBRef, from where it is in volume 0."""
+    if plan.motion == "still":
+        return np.eye(4)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
+    shift_mm, turn_deg = rng.normal(size=(2, 3)) * _SBREF_JITTER
+    return phantom.rigid(shift_mm, turn_deg)
+
+
+def _write_bold(place: _Place, view: _View, images: _Images, sidecar: Mapping[str, Any]) -> None:
+    run, volumes = images
     header = _header(run, (*run.scanner.shape, len(run)), "int16")
-    write.put_nifti(place.raw("bold.nii.gz"), header, (volume.tobytes() for volume in volumes))
-    write.put_json(place.raw("bold.json"), _bold_json(plan, run, known))
+    parts = (volume.tobytes() for volume in volumes)
+    write.put_nifti(place.raw(view, ".nii.gz"), header, parts)
+    write.put_json(place.raw(view, ".json"), sidecar)
+
+
+def _write_events(place: _Place, plan: StudyPlan, run: Run) -> None:
     if plan.effects.activation_percent:
         blocks = task_blocks_s(run.scanner, len(run))
         events: dict[str, list[Any]] = {"onset": [onset for onset, _ in blocks]}
         events["duration"] = [duration for _, duration in blocks]
         events["trial_type"] = ["task"] * len(blocks)
-        write.put_table(place.raw("events.tsv"), events)
-    _write_truth(place, run, known)
+        write.put_table(place.events(), events)
 
 
-def _write_truth(place: _Place, run: Run, bound_mm: dict[str, float]) -> None:
-    raw = f"bids:raw:{place.raw('bold.nii.gz').relative_to(place.out).as_posix()}"
-    common = {"Sources": [raw], BOUND: bound_mm}
+def _write_sbref(place: _Place, plan: StudyPlan, view: _View, images: _Images) -> None:
+    run, (volume,) = images
+    write.put_volume(place.raw(view, ".nii.gz"), _header(run, run.scanner.shape, "int16"), volume)
+    values = _common_json(plan, view) | {"Simulation": {"seed": run.seed, "noise_sd": run.noise_sd}}
+    write.put_json(place.raw(view, ".json"), values)
+
+
+def _write_truth(place: _Place, plan: StudyPlan, run: Run, bound_mm: Mapping[str, float]) -> None:
+    sources = [place.uri(view) for view in _views(plan) if not view.is_sbref]
+    common = {"Sources": sources, BOUND: bound_mm}
     transforms = place.truth(TRANSFORMS)
     put_text(transforms, write.itk_transforms(run.truth))
-    write.put_json(transforms.with_suffix(".json"), common | TRANSFORMS_JSON)
+    where = {"WorldFromHead": run.poses[0].tolist()}
+    write.put_json(transforms.with_suffix(".json"), common | TRANSFORMS_JSON | where)
     table = place.truth("desc-truth_timeseries.tsv")
     numbers = np.array([phantom.numbers_of(matrix) for matrix in run.truth])
     columns: dict[str, Any] = {name: numbers[:, i].tolist() for i, name in enumerate(COLUMNS)}
@@ -222,7 +374,18 @@ def _write_truth(place: _Place, run: Run, bound_mm: dict[str, float]) -> None:
     write.put_json(table.with_suffix(".json"), common | TABLE_JSON)
     mask = place.truth(BRAIN)
     write.put_volume(mask, _header(run, run.scanner.shape, "uint8"), _brain(run))
-    write.put_json(place.truth("desc-brain_mask.json"), {"Sources": [raw], "Type": "Brain"})
+    write.put_json(place.truth("desc-brain_mask.json"), {"Sources": sources, "Type": "Brain"})
+
+
+def _write_sbref_truth(place: _Place, view: _View, sbref_from_first: NDArray[np.float64]) -> None:
+    transforms = place.truth(SBREF_TRANSFORM)
+    put_text(transforms, write.itk_transforms(sbref_from_first[None]))
+    values = TRANSFORMS_JSON | {
+        "Format": "ITK text, one affine transform",
+        "Direction": "a point of volume 0 -> the point of the SBRef (pull)",
+        "Sources": [place.uri(view)],
+    }
+    write.put_json(transforms.with_suffix(".json"), values)
 
 
 def _brain(run: Run) -> NDArray[np.uint8]:
@@ -240,6 +403,7 @@ TRANSFORMS_JSON = {
     "CoordinateSystem": "LPS+ (ITK)",
     "TranslationUnits": "mm",
     "RotationCentre": "world origin",
+    "CoordinatesOfWorldFromHead": "RAS+ mm; a point of the head -> where it is in volume 0",
 }
 _TURN = "volume 0 -> volume, RAS+, about the world origin; first x, then y, then z, then the shift"
 TABLE_JSON: dict[str, Any] = {
@@ -259,23 +423,34 @@ TABLE_JSON: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _bold_json(plan: StudyPlan, run: Run, bound_mm: dict[str, float]) -> dict[str, Any]:
+def _common_json(plan: StudyPlan, view: _View) -> dict[str, Any]:
+    """What the sidecars of bold and sbref files say alike."""
     values: dict[str, Any] = {
         "TaskName": plan.task,
         "TaskDescription": "20 s of rest and 20 s of task in turn"
         if plan.effects.activation_percent
         else "No task",
-        "RepetitionTime": plan.tr_s,
         "PhaseEncodingDirection": "j",
         "MagneticFieldStrength": 3,
         "Manufacturer": "keepstill",
-        "Simulation": asdict(plan.effects)
-        | {
-            "seed": run.seed,
-            "motion": plan.motion if plan.motion in KINDS else Path(plan.motion).name,
-            "point_spread_voxels": list(plan.point_spread_voxels),
-            "noise_sd": run.noise_sd,
-        },
+    }
+    if view.echo_ms:
+        values["EchoTime"] = round(view.echo_ms / 1000, 9)
+    return values
+
+
+def _bold_json(
+    plan: StudyPlan, run: Run, view: _View, bound_mm: Mapping[str, float]
+) -> dict[str, Any]:
+    simulation = asdict(plan.effects) | {
+        "seed": run.seed,
+        "motion": plan.motion if plan.motion in KINDS else Path(plan.motion).name,
+        "point_spread_voxels": list(plan.point_spread_voxels),
+        "noise_sd": run.noise_sd,
+    }
+    values = _common_json(plan, view) | {
+        "RepetitionTime": plan.tr_s,
+        "Simulation": simulation,
         BOUND: bound_mm,
     }
     if run.scanner.slice_times_s:

@@ -136,6 +136,7 @@ def _identity(source: Path, run: str, origin: Origin) -> dict[str, Any]:
         "run": run,
         "folder": origin.folder(run),
         "source": str(source),
+        "is_multi_echo": origin.is_multi_echo,
         "bids_dir": str(bids_dir) if bids_dir else None,
     }
 

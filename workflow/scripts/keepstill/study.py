@@ -9,12 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from keepstill.bids import Run, Sidecars, filter_runs, index_runs, lone_metadata
+from keepstill.bids import Run, Sidecars, filter_runs, index_runs, lone_metadata, run_file
 from keepstill.config import Config, effective_config, filters_of, run_table_of, settings_of
 from keepstill.errors import InputError, counted
 from keepstill.files import claim_output_dir, refuse_foreign_data_set, why_no_room
-from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
+from keepstill.manifest import (
+    engine_sha256,
+    has_key,
+    known_sha256,
+    manifest_path,
+    portable_settings,
+    run_key,
+)
+from keepstill.mean_echo import joint_sha256
 from keepstill.misnamed import NONE_MISNAMED, Misnamed
+from keepstill.multi_echo import with_leaders
 from keepstill.run_table import read_run_table
 from keepstill.settings import RealignSettings
 from keepstill.stage import (
@@ -26,7 +35,9 @@ from keepstill.stage import (
 )
 from keepstill.truth import truth_path
 
-RULES = ("stage", "realign", "collect", "page_run")  # in the order a run goes through them
+# In the order a run goes through them; an echo of a multi-echo run has the last one only.
+RULES = ("stage", "realign", "collect", "page_run", "reslice_echo")
+FLAGS = ("collected", "paged", "resliced")
 WAITING = ": waiting for "  # said by a lane, and no error
 ERROR_PREFIX = "keepstill: "  # of an error's line in a log
 EXIT_PREFIX = "exit status "  # of the last line of a failed job's log
@@ -44,22 +55,27 @@ class Plan(NamedTuple):
     pages : tuple of str
         Complete runs whose page is missing or older than the run.
     study_page : bool
+    echoes : tuple of str
+        Echoes of multi-echo runs to reslice, once the run's motion is known.
     """
 
     runs: tuple[str, ...]
     pages: tuple[str, ...]
     study_page: bool
+    echoes: tuple[str, ...] = ()
 
     def in_words(self, n_runs: int) -> str:
-        """What is left to do in a study of so many runs."""
+        """What is left to do in a study of so many runs, echoes not counted."""
         found = counted(n_runs, "run")
         if not any(self):
             return f"{found}, all complete; nothing to do"
+        echoes = [f"{len(self.echoes)} of their echoes to reslice"] * bool(self.echoes)
+        pages = [f"{counted(len(self.pages), 'page')} to make"] * bool(self.pages)
         if not self.runs:
-            what = counted(len(self.pages), "page") if self.pages else "the study's page"
-            return f"{found}, all complete; {what} to make"
-        pages = f", {counted(len(self.pages), 'page')} to make" if self.pages else ""
-        return f"{found} found, {n_runs - len(self.runs)} complete, {len(self.runs)} to do{pages}"
+            what = ", ".join(echoes + pages) or "the study's page to make"
+            return f"{found}, all {'realigned' if echoes else 'complete'}; {what}"
+        to_do = ", ".join([f"{len(self.runs)} to do", *echoes, *pages])
+        return f"{found} found, {n_runs - len(self.runs)} complete, {to_do}"
 
 
 @dataclass(frozen=True)
@@ -108,33 +124,68 @@ class Study:
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What a run's sidecars say."""
-        run = self.runs[name]
-        if run.sidecar:
-            return lone_metadata(run.sidecar, name)
-        return self._sidecars.metadata(run.source)
+        return metadata_of(self.runs[name], self._sidecars)
 
     def origin(self, run: str) -> list[str]:
         """Arguments that tell stage_run.py what a run is part of."""
         sidecar = self.runs[run].sidecar
-        return ["--sidecar", str(sidecar)] if sidecar else ["--bids-dir", str(self.bids_dir)]
+        part = ["--sidecar", str(sidecar)] if sidecar else ["--bids-dir", str(self.bids_dir)]
+        for name, path in self.runs[run].mean_of:
+            part += ["--mean-of", name, str(path)]
+        return [*part, "--multi-echo"] if self.runs[run].echoes else part
+
+    def moved_by(self, run: str) -> str:
+        """The run that a run's motion is that of: of an echo, its leader; of any other, itself."""
+        known = self.runs.get(run)
+        return known.leader if known and known.leader else run
 
     def truth(self, run: str) -> list[str]:
         """Arguments that tell page_run.py where the truth of a simulated run is, if it is one."""
         if self.bids_dir is None:
             return []
-        path = truth_path(self.bids_dir, self.runs[run].source)
+        path = truth_path(self.bids_dir, run_file(self.runs[run]))
         return ["--truth", str(path)] if path.is_file() else []
 
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""
-        source = self.runs[run].source
-        if not manifest_path(self.output_dir, run).exists():
+        leader = self.runs[run].leader
+        if not manifest_path(self.output_dir, run, is_echo=leader is not None).exists():
             return False
         try:
             metadata = self.metadata(run)
         except InputError:
             return False  # stage says what is wrong
-        return is_complete(run, source, metadata, self.settings, self.output_dir)
+        if leader is None:
+            return has_key(run, self._run_key(run, metadata), self.output_dir)
+        return has_key(run, self._echo_key(run, metadata), self.output_dir, is_echo=True)
+
+    def _run_key(self, run: str, metadata: Mapping[str, Any]) -> str | None:
+        """Key of a run, as its input is now; None if that cannot be read."""
+        sources = self.runs[run].mean_of or ((run, self.runs[run].source),)
+        hashes = [known_sha256(self.output_dir, *named) for named in sources]
+        known = [sha256 for sha256 in hashes if sha256 is not None]
+        if len(known) < len(hashes):
+            return None
+        sha256 = joint_sha256(known) if self.runs[run].mean_of else known[0]
+        return run_key(sha256, metadata, self.settings)
+
+    def _echo_key(self, echo: str, metadata: Mapping[str, Any]) -> str | None:
+        """Key of an echo, as its input and its leader's are now; None if one cannot be read."""
+        leader = self.runs[self.runs[echo].leader or ""]
+        try:
+            of_leader = self.metadata(leader.name)
+        except InputError:
+            return None
+        leader_key = self._run_key(leader.name, of_leader)
+        input_sha256 = known_sha256(self.output_dir, echo, self.runs[echo].source)
+        if leader_key is None or input_sha256 is None:
+            return None
+        return run_key(input_sha256, metadata, self.settings, leader_key)
+
+    @property
+    def n_runs(self) -> int:
+        """Number of runs, the echoes of a multi-echo run counted as one."""
+        return sum(run.leader is None for run in self.runs.values())
 
     def has_page(self, run: str) -> bool:
         """Whether a complete run's page and picture are there and not older than the run."""
@@ -159,16 +210,21 @@ class Study:
 
     def make_plan(self) -> Plan:
         """What is left to do, from what lies in the output directory."""
-        to_do = tuple(run for run in self.runs if not self.is_complete(run))
+        wanting = [run for run in self.runs.values() if not self.is_complete(run.name)]
+        to_do = tuple(run.name for run in wanting if run.leader is None)
+        echoes = tuple(run.name for run in wanting if run.leader is not None)
         if not self.has_pages:
-            return Plan(to_do, (), False)
-        complete = self.runs.keys() - set(to_do)
+            return Plan(to_do, (), False, echoes)
+        paged = {run.name for run in self.runs.values() if run.leader is None}
+        complete = paged - set(to_do)
         pages = tuple(run for run in sorted(complete) if not self.has_page(run))
-        return Plan(to_do, pages, bool(to_do or pages) or not self._has_study_page(complete))
+        study_page = bool(to_do or pages) or not self._has_study_page(complete)
+        return Plan(to_do, pages, study_page, echoes)
 
     def failures(self, plan: Plan, since_s: float) -> list[str]:
         """One line for each run of the plan that failed since a time (seconds, Unix)."""
-        incomplete = {run for run in plan.runs if not self.is_complete(run)}
+        planned = (*plan.runs, *plan.echoes)
+        incomplete = {run for run in planned if not self.is_complete(run)}
         pageless = {run for run in (*plan.runs, *plan.pages) if self.has_pages} - incomplete
         failed = incomplete | {run for run in pageless if not self.has_page(run)}
         reasons = {run: self._reason(run, since_s) for run in sorted(failed)}
@@ -198,6 +254,13 @@ class Study:
         return all(_none_older(made, manifest_path(self.output_dir, run)) for run in complete)
 
 
+def metadata_of(run: Run, sidecars: Sidecars) -> dict[str, Any]:
+    """What a run's sidecars say."""
+    if run.sidecar:
+        return lone_metadata(run.sidecar, run.name)
+    return sidecars.metadata(run.source)
+
+
 def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
     """The study that a configuration describes, checked.
 
@@ -225,6 +288,10 @@ def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
     else:
         bids_dir = Path(config["bids_dir"])
         runs, misnamed = index_runs(bids_dir, filters)
+    sidecars = Sidecars(bids_dir)
+    runs = with_leaders(runs, config["estimate_echo"], lambda run: metadata_of(run, sidecars))
+    if not config["reslice"]:
+        runs = [run for run in runs if run.leader is None]  # echoes have nothing else
     return Study(
         bids_dir=bids_dir,
         output_dir=Path(config["output_dir"]),
@@ -246,6 +313,7 @@ def plan_study(study: Study) -> Plan:
     stale = {
         *(study.flag_path(run, "collected") for run in plan.runs),
         *(study.flag_path(run, "paged") for run in (*plan.runs, *plan.pages)),
+        *(study.flag_path(run, "resliced") for run in plan.echoes),
         study.flag_path("study", "paged"),
     }
     for flag in stale.intersection(flags):
@@ -258,10 +326,10 @@ def clear_stage(study: Study, plan: Plan) -> None:
 
     Other calls may be at work on other runs of the same output directory.
     """
-    for run in plan.runs:
+    for run in (*plan.runs, *plan.echoes):
         remove_stage(study.stage_dir / run)
-    for run in (*plan.runs, *plan.pages, "study"):
-        for step in ("collected", "paged"):
+    for run in (*plan.runs, *plan.echoes, *plan.pages, "study"):
+        for step in FLAGS:
             study.flag_path(run, step).unlink(missing_ok=True)
     sweep_stage_root(study.stage_root)  # the study's own folder too, unless another call holds it
     for folder in (study.stage_root, study.flag_dir):

@@ -13,6 +13,7 @@ from keepstill.transforms.itk import read_itk
 
 TRUTH = Path("derivatives") / "truth"
 TRANSFORMS = "from-orig_to-boldref_mode-image_desc-truth_xfm.txt"
+SBREF_TRANSFORM = "from-sbref_to-boldref_mode-image_desc-truth_xfm.txt"
 BRAIN = "desc-brain_mask.nii.gz"
 BOUND = "CramerRaoBoundMillimetres"
 

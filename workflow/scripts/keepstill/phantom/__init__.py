@@ -9,7 +9,8 @@ favoured; a `run` adds noise and other troubles, and `bound` says how well its m
 from keepstill.geometry import displacement_mm
 from keepstill.phantom.ball import ball
 from keepstill.phantom.bound import Bound, cramer_rao, mean_displacement_mm
-from keepstill.phantom.fine import FineHead, fine_head
+from keepstill.phantom.contrast import PLAIN, Contrast, default_echo_times_ms
+from keepstill.phantom.fine import FineHead, fine_head, fine_heads
 from keepstill.phantom.motion import (
     drawn_poses,
     numbers_of,
@@ -21,7 +22,9 @@ from keepstill.phantom.run import Effects, Run, clean_volume, make_run, volume_o
 from keepstill.phantom.scanner import Scanner, grid_affine
 
 __all__ = [
+    "PLAIN",
     "Bound",
+    "Contrast",
     "Effects",
     "FineHead",
     "Run",
@@ -29,9 +32,11 @@ __all__ = [
     "ball",
     "clean_volume",
     "cramer_rao",
+    "default_echo_times_ms",
     "displacement_mm",
     "drawn_poses",
     "fine_head",
+    "fine_heads",
     "grid_affine",
     "make_run",
     "mean_displacement_mm",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill.phantom.head import Grid, Tissue, draw_head, tissue_on
+from keepstill.phantom.contrast import PLAIN, Contrast
+from keepstill.phantom.head import Grid, Tissue, draw_head, tissues_on
 from keepstill.smooth import valid_filtered
 
 FWHM_PER_SD = 2.3548200450309493
@@ -41,9 +42,16 @@ class FineHead:
     blur_sd_mm: float
 
 
+def fine_head(seed: int, blur_fwhm_mm: float, contrast: Contrast = PLAIN) -> FineHead:
+    """Head of a subject, blurred, in one contrast; see `fine_heads`."""
+    return fine_heads(seed, blur_fwhm_mm, (contrast,))[0]
+
+
 @functools.lru_cache(maxsize=1)  # runs of one subject come one after the other
-def fine_head(seed: int, blur_fwhm_mm: float) -> FineHead:
-    """Head of a subject, blurred.
+def fine_heads(
+    seed: int, blur_fwhm_mm: float, contrasts: tuple[Contrast, ...]
+) -> tuple[FineHead, ...]:
+    """Head of a subject, blurred, in each of some contrasts.
 
     Parameters
     ----------
@@ -53,19 +61,23 @@ def fine_head(seed: int, blur_fwhm_mm: float) -> FineHead:
         Full width at half maximum of the point spread along the axis where it is narrowest. What
         it has more of along other axes is the scanner's to add, since it does not turn with the
         head.
+    contrasts : tuple of Contrast
+        Intensity of each tissue.
     """
     sd_mm = blur_fwhm_mm / FWHM_PER_SD
     spacing_mm = min(_WIDEST_MM, _WIDEST_SD * sd_mm)
     grid = covering_grid(_BOX_MM, spacing_mm)
-    sharp = tissue_on(draw_head(seed), grid)
-    tissue = Tissue(
-        signal=blurred(sharp.signal, sd_mm / spacing_mm),
-        brain=sharp.brain,
-        active=blurred(sharp.active, sd_mm / spacing_mm),
-    )
+    sharp = tissues_on(draw_head(seed), grid, contrasts)
+    return tuple(FineHead(_blurred(tissue, sd_mm / spacing_mm), grid, sd_mm) for tissue in sharp)
+
+
+def _blurred(sharp: Tissue, sd_voxels: float) -> Tissue:
+    """Signal and active cortex blurred, write-protected."""
+    signal, active = blurred(sharp.signal, sd_voxels), blurred(sharp.active, sd_voxels)
+    tissue = Tissue(signal=signal, brain=sharp.brain, active=active)
     for volume in tissue:
         volume.setflags(write=False)
-    return FineHead(tissue, grid, sd_mm)
+    return tissue
 
 
 def covering_grid(box_mm: tuple[tuple[float, float], ...], spacing_mm: float) -> Grid:

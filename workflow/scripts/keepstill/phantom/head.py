@@ -2,12 +2,13 @@
 
 Everything here is a formula of the position x, y, z (mm, RAS+, the origin in the middle of the
 brain of an unmoved head): shells are depths below ellipsoids, folds and ventricles are sums of
-Gaussian blobs, and a tissue begins where such a number passes a threshold, softly. `tissue_on`
-evaluates the formula on any grid; a finer grid shows the same head. Intensities are those of
-echo-planar images at 3 T: grey matter brighter than white, fluid brighter than both, fat
-suppressed, bone black, and holes above the air of sinuses and ears.
+Gaussian blobs, and a tissue begins where such a number passes a threshold, softly. `tissues_on`
+evaluates the formula on any grid; a finer grid shows the same head. Intensities, of a `Contrast`,
+are those of echo-planar images at 3 T: grey matter brighter than white, fluid brighter than both,
+fat suppressed, bone black, and holes above the air of sinuses and ears.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,14 +27,12 @@ from keepstill.phantom.blob_sets import (
     scattered,
     string,
 )
+from keepstill.phantom.contrast import Contrast
 
 Volume = NDArray[np.float32]
 Field = NDArray[np.floating]  # float32 too, but the checker loses track of it in sums
 Axes = tuple[Field, Field, Field]
 
-# Intensity of each tissue; grey matter is 1000.
-GREY, WHITE, FLUID, VENTRICLE = 1000.0, 870.0, 1550.0, 1650.0
-PALLIDUM, SCALP, BONE, MUSCLE = 640.0, 170.0, 25.0, 150.0
 # Softness of a border: half the width over which a tissue goes from 12% to 88%, mm.
 _EDGE_MM = 0.8
 # The cortex: fluid to this distance from a sulcus or the surface, grey matter to that, mm.
@@ -231,18 +230,22 @@ def _jittered(given: BlobSet, rng: np.random.Generator, size_mm: float = 0.7) ->
     return BlobSet(moved, given.spreads, given.brights)
 
 
-def tissue_on(head: Head, grid: Grid) -> Tissue:
-    """Signal, brain and active cortex at the points of a grid."""
+def tissues_on(head: Head, grid: Grid, contrasts: Sequence[Contrast]) -> list[Tissue]:
+    """Signal, brain and active cortex at the points of a grid, in each of some contrasts.
+
+    The fields of blobs, which take most of the time, are summed once for all.
+    """
     nx, ny, nz = grid.shape
-    out = Tissue(*np.zeros((3, nz, ny, nx), np.float32))
+    out = [Tissue(*np.zeros((3, nz, ny, nx), np.float32)) for _ in contrasts]
     for first in range(0, nz, 4 * _SLAB):
         n = min(4 * _SLAB, nz - first)
         fields = _Fields(head, _slab(grid, first, n))
         for low in range(0, n, _SLAB):
             here = slice(low, min(low + _SLAB, n))
             there = slice(first + here.start, first + here.stop)
-            for whole, part in zip(out, _tissue(*fields.at(here)), strict=True):
-                whole[there] = part
+            for tissue, contrast in zip(out, contrasts, strict=True):
+                for whole, part in zip(tissue, _tissue(*fields.at(here), contrast), strict=True):
+                    whole[there] = part
     return out
 
 
@@ -278,7 +281,7 @@ def _field(given: BlobSet, grid: Grid) -> Field:
     )
 
 
-def _tissue(fields: dict[str, Field], axes: Axes) -> tuple[Field, Field, Field]:
+def _tissue(fields: dict[str, Field], axes: Axes, contrast: Contrast) -> tuple[Field, Field, Field]:
     """Signal, brain and active cortex from the fields of a few planes."""
     x, y, z = axes
     axes = (x * (1 + 0.0016 * (y + 10)), y, z)  # the forehead is narrower than the back
@@ -286,19 +289,21 @@ def _tissue(fields: dict[str, Field], axes: Axes) -> tuple[Field, Field, Field]:
     inner = _inner(fields, axes, depth)
     fluid, white = _soft(_FLUID_MM - inner), _soft(inner - _CORTEX_MM)
     grey = 1 - fluid - white
-    signal = fluid * FLUID + white * WHITE + grey * GREY
+    signal = fluid * contrast.fluid + white * contrast.white + grey * contrast.grey
     for name, at, level in (
-        ("nuclei", 2.7, 0.97 * GREY),
-        ("pallidum", 2.7, PALLIDUM),
-        ("ventricles", 2.1, VENTRICLE),
+        ("nuclei", 2.7, 0.97 * contrast.grey),
+        ("pallidum", 2.7, contrast.pallidum),
+        ("ventricles", 2.1, contrast.ventricle),
     ):
         inside = _soft((fields[name] - at) / (0.6 * at))
         signal += inside * (level - signal)
     signal *= 1 + fields["texture"]
     brain = _soft(depth["pia"] + _RIM_MM)
-    left = np.exp(-fields["air"] * np.exp(0.5 * fields["skin"]) - fields["vessels"] * brain)
-    signal = left * (brain * signal + _around(fields, axes, brain))
-    return signal, brain, GREY * np.minimum(fields["task"], 1) * grey * brain * left
+    lost = -fields["air"] * np.exp(0.5 * fields["skin"]) - fields["vessels"] * brain
+    left = np.exp(lost * contrast.lost)
+    signal = left * (brain * signal + _around(fields, axes, brain, contrast))
+    active = contrast.grey * np.minimum(fields["task"], 1) * grey * brain * left
+    return signal, brain, active * contrast.active
 
 
 def _depths(fields: dict[str, Field], axes: Axes) -> dict[str, Field]:
@@ -337,7 +342,7 @@ def _from_sulcus(fields: dict[str, Field]) -> Field:
     return np.abs(np.sin(_FOLD_NUMBER * fields["folds"])) * (_FOLD_MM / _FOLD_NUMBER)
 
 
-def _around(fields: dict[str, Field], axes: Axes, brain: Field) -> Field:
+def _around(fields: dict[str, Field], axes: Axes, brain: Field, contrast: Contrast) -> Field:
     """Scalp, bone, muscle and eyes."""
     x, y, z = axes
     low = np.where(z < -20, 0.22 * (z + 20) - 20, z)  # a neck and a face, not a ball
@@ -346,8 +351,9 @@ def _around(fields: dict[str, Field], axes: Axes, brain: Field) -> Field:
     outer, inner = _soft(skin), _soft(skin - 5.5)
     muscle = _soft(np.maximum(*_both_sides(_TEMPLE, axes)) / 2)
     eyes = _soft((fields["eyes"] - 0.6) / 0.3)
-    under = BONE + MUSCLE * muscle * np.exp(fields["skin"]) + 500 * eyes
-    scalp = SCALP * np.exp(fields["skin"])
+    under = contrast.bone + contrast.muscle * muscle * np.exp(fields["skin"])
+    under = under + contrast.eyes * eyes
+    scalp = contrast.scalp * np.exp(fields["skin"])
     fade = _soft((z + 100) / 8)  # far from the coil
     return ((outer - inner) * scalp + inner * (1 - brain) * under) * fade
 

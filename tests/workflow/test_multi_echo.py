@@ -1,0 +1,107 @@
+"""A simulated study of sessions, runs and echoes through the workflow, against its truth."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keepstill import geometry
+from keepstill.__main__ import main
+from keepstill.transforms.itk import read_itk
+from keepstill.truth import read_truth, truth_path
+from validator import validate
+
+CLONE = Path(__file__).parents[2]
+NAMES = [f"sub-01_ses-0{session}_task-rest_run-1" for session in (1, 2)]
+
+
+def call(root: Path, *config: str) -> list[str]:
+    """Our own lines of Snakemake's call on the study in a folder."""
+    command = [
+        *(sys.executable, "-m", "snakemake", "--cores", "2"),
+        *("--snakefile", str(CLONE / "Snakefile")),
+        *("--workflow-profile", str(CLONE / "profiles" / "default")),
+        *("--config", "bids_dir=study", "output_dir=out", f"stage_root={root / 'memory'}"),
+        *config,
+    ]
+    environment = os.environ | {"PATH": os.defpath}
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("keepstill: ")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of two sessions and two echoes, realigned."""
+    root = tmp_path_factory.mktemp("echoes")
+    (root / "memory").mkdir()
+    size = "--shape 32 32 18 --voxel-mm 6.5 6.5 7 --volumes 6 --subjects 1 --sessions 2"
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", str(root / "study"), *size.split(), "--echoes", "2", "--sbref"])
+    assert ended.value.code == 0
+    lines = call(root)
+    assert lines[0] == "keepstill: 2 runs found, 0 complete, 2 to do, 4 of their echoes to reslice"
+    return root
+
+
+def folder_of(out: Path, name: str) -> Path:
+    return out / "sub-01" / name[7:13] / "func"
+
+
+def test_one_motion_a_run_and_a_file_an_echo(place: Path) -> None:
+    for name in NAMES:
+        made = {path.name for path in folder_of(place / "out", name).glob("*echo*")}
+        stems = [f"{name}_echo-{echo}_desc-hmc_bold" for echo in (1, 2)]
+        assert made == {stem + ending for stem in stems for ending in (".nii.gz", ".json")}
+        assert (place / "out" / "pages" / f"{name}.html").is_file()
+    assert len(list((place / "out" / "pages").glob("*.html"))) == len(NAMES)
+    assert not any((place / "memory").rglob("*.nii"))
+
+
+def test_motion_is_near_the_truth(place: Path) -> None:
+    """Voxels of 6.5 mm: 0.1 mm is a sixtieth of one; the motion is up to 2 mm and 2 degrees."""
+    for name in NAMES:
+        source = folder_of(place / "study", name) / f"{name}_bold.nii.gz"
+        truth = read_truth(truth_path(place / "study", source))
+        xfm = f"{name}_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt"
+        found = read_itk(folder_of(place / "out", name) / xfm)
+        assert geometry.displacement_mm(truth.moving_from_first, found, truth.brain_mm).max() < 0.1
+        assert np.abs(truth.moving_from_first - np.eye(4)).max() > 0.3
+
+
+def test_results_are_valid_bids(place: Path) -> None:
+    verdict = validate(place / "out")
+    assert (verdict.issues("error"), verdict.exit_code) == ([], 0)
+
+
+def test_command_line_makes_the_same_bytes(place: Path) -> None:
+    name = NAMES[1]
+    sources = sorted(folder_of(place / "study", name).glob("*_bold.nii.gz"))
+    with pytest.raises(SystemExit) as ended:
+        main(["realign", *map(str, sources), "--out", str(place / "alone"), "--stage-root",
+              str(place / "memory"), "--threads", "1"])  # fmt: skip
+    assert ended.value.code == 0
+    alone = sorted(path for path in (place / "alone").glob("sub-*"))
+    assert len(alone) == 2 * 9
+    for path in alone:
+        assert path.read_bytes() == (folder_of(place / "out", name) / path.name).read_bytes()
+
+
+def test_what_changed_is_done_again(place: Path) -> None:
+    """Comes last: nothing at first, then one echo, then a run whose motion is of another echo."""
+    assert call(place) == ["keepstill: 2 runs, all complete; nothing to do"]
+    changed = folder_of(place / "study", NAMES[0]) / f"{NAMES[0]}_echo-2_bold.json"
+    changed.write_text(json.dumps(json.loads(changed.read_text()) | {"FlipAngle": 60}))
+    lines = call(place)
+    assert lines[0] == "keepstill: 2 runs, all realigned; 1 of their echoes to reslice"
+    assert (
+        f"keepstill: {NAMES[0]}_echo-2: 6 volumes resliced with the motion of {NAMES[0]}" in lines
+    )
+    lines = call(place, "estimate_echo=2", "sessions=[02]")
+    assert lines[0] == "keepstill: 1 run found, 0 complete, 1 to do, 2 of their echoes to reslice"

@@ -1,0 +1,31 @@
+# One echo of a multi-echo run: staged, resliced with the motion of its run, and written.
+rule reslice_echo:
+    input:
+        collected_flag,
+    output:
+        temp(flag("resliced")),
+    log:
+        log_of("reslice_echo"),
+    benchmark:
+        benchmark_of("reslice_echo")
+    priority: 25
+    group:
+        "run"
+    conda:
+        "../../envs/keepstill.yaml"
+    threads: 1
+    params:
+        guard=script("guard.sh"),
+        script=script("reslice_echo.py"),
+        bold=lambda wildcards: str(STUDY.runs[wildcards.run].source),
+        leader=lambda wildcards: STUDY.moved_by(wildcards.run),
+        origin=lambda wildcards: STUDY.origin(wildcards.run),
+        stage_dir=stage_dir,
+        output_dir=lambda wildcards: str(STUDY.output_dir),
+        settings=settings,
+    shell:
+        "bash {params.guard:q} {log:q} {params.stage_dir:q} "
+        "python {params.script:q} --bold {params.bold:q} --run {wildcards.run:q} "
+        "--leader {params.leader:q} {params.origin:q} --stage-dir {params.stage_dir:q} "
+        "--output-dir {params.output_dir:q} --settings {params.settings:q} --threads {threads} "
+        "&& touch {output:q}"

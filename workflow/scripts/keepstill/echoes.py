@@ -1,0 +1,183 @@
+"""One echo of a multi-echo run: resliced once, with the motion that its run was found to have."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from keepstill import __version__, write
+from keepstill.apply import Wanted, Work, prepare_work, resliced_volumes
+from keepstill.bids import Origin, sidecar_beside
+from keepstill.collect import as_output_error, describe_dataset, remove_parts
+from keepstill.errors import InputError, counted
+from keepstill.manifest import (
+    Manifest,
+    describe_outputs,
+    read_manifest,
+    remember_inputs,
+    withdraw_manifest,
+    write_manifest,
+)
+from keepstill.nifti import made_header
+from keepstill.read import StagedRun, open_staged
+from keepstill.realigned import output_name, output_uri
+from keepstill.settings import RealignSettings
+from keepstill.sidecars import carried_fields, input_uri, reslicing_fields
+from keepstill.stage import remove_stage, stage_run
+
+
+@dataclass(frozen=True)
+class Echo:
+    """One echo of a multi-echo run.
+
+    Attributes
+    ----------
+    source : Path
+    name : str
+        The echo's name as a run, ``echo`` included.
+    leader : str
+        Name of the multi-echo run.
+    origin : Origin or None
+        As `stage.stage_run` takes it.
+    """
+
+    source: Path
+    name: str
+    leader: str
+    origin: Origin | None = None
+
+
+def realign_echo(
+    echo: Echo, stage_dir: Path, output_dir: Path, settings: RealignSettings, n_threads: int = 1
+) -> str:
+    """Stage an echo, reslice it as `reslice_echo` does, and free the stage.
+
+    Returns
+    -------
+    line : str
+        For people: what was done.
+    """
+    # No room is wanted for a result: volumes are written as they are resliced.
+    staging = replace(
+        settings,
+        reference="first",
+        reslice=False,
+        estimate=replace(settings.estimate, model_volumes=0),
+    )
+    stage_run(echo.source, echo.name, echo.origin, stage_dir, staging)
+    n_volumes = reslice_echo(stage_dir, output_dir, echo.leader, settings, n_threads)
+    remove_stage(stage_dir)
+    volumes = counted(n_volumes, "volume")
+    return f"{echo.name}: {volumes} resliced with the motion of {echo.leader}"
+
+
+def reslice_echo(
+    stage_dir: Path, output_dir: Path, leader: str, settings: RealignSettings, n_threads: int = 1
+) -> int:
+    """Reslice a staged echo with its leader's transforms onto its leader's reference, and write it.
+
+    The transforms are read from their file, which holds them to the last bit, and the manifest
+    comes last.
+
+    Parameters
+    ----------
+    stage_dir : Path
+        Of the echo.
+    output_dir : Path
+        Root of the derivatives, in which the leader is complete.
+    leader : str
+        Name of the multi-echo run.
+    settings : RealignSettings
+    n_threads : int
+        The bytes do not depend on it.
+
+    Returns
+    -------
+    n_volumes : int
+
+    Raises
+    ------
+    InputError
+        If the leader is not there, or the echo has not as many volumes.
+    OutputError
+        If the echo cannot be written.
+    """
+    run = open_staged(stage_dir)
+    led_by = read_manifest(output_dir, leader)
+    if led_by is None:
+        raise InputError(
+            f"{run.run}: the motion of {leader} is not in {output_dir}; realign that run first"
+        )
+    folder = output_dir / PurePosixPath(run.found["folder"])
+    work = _prepared(run, folder, leader, settings)
+    path = folder / output_name(run.run, "bold", settings)
+    with as_output_error(run.run, output_dir):
+        remove_parts(folder, run.run)
+        if run.found["folder"]:
+            describe_dataset(output_dir, run.found["bids_dir"])
+        outdated = withdraw_manifest(output_dir, run.run, is_echo=True)
+        written = {path, sidecar_beside(path)}
+        try:
+            _write(work, path, n_threads)
+            write.put_json(sidecar_beside(path), _sidecar(work, leader, folder, output_dir))
+            _complete(work, output_dir, sorted(written), led_by["key"])
+        except BaseException:
+            outdated, written = outdated | written, set()  # a part would pass for the whole
+            raise
+        finally:
+            for old in outdated - written:
+                old.unlink(missing_ok=True)  # made by other settings, and no longer true
+    return run.n_volumes
+
+
+def _prepared(run: StagedRun, folder: Path, leader: str, settings: RealignSettings) -> Work:
+    transforms = folder / output_name(leader, "transforms", settings)
+    reference = folder / output_name(leader, "boldref", settings)
+    try:
+        return prepare_work(run, Wanted(transforms, reference, None, settings))
+    except InputError as error:
+        raise InputError(f"{run.run}: {str(error).removeprefix(f'{run.run}: ')}") from error
+
+
+def _write(work: Work, path: Path, n_threads: int) -> None:
+    run, shape = work.run, (*work.grid.shape, work.run.n_volumes)
+    header = made_header(run.layout.header, work.grid.affine, shape, work.settings.output_dtype)
+    header["pixdim"][4] = run.found["tr_s"] or 0
+    write.put_series(path, header, lambda: resliced_volumes(work, n_threads), n_threads)
+
+
+def _sidecar(work: Work, leader: str, folder: Path, output_dir: Path) -> dict[str, Any]:
+    run, settings = work.run, work.settings
+    found, transforms = run.found, output_name(leader, "transforms", settings)
+    raw = input_uri(Path(found["source"]), found["bids_dir"], output_dir)
+    of_leader = json.loads(sidecar_beside(folder / transforms).read_text(encoding="utf-8"))
+    return (
+        carried_fields(run)
+        | reslicing_fields(settings)
+        | {name: of_leader[name] for name in ("KeepstillSettings", "Reference")}
+        | {
+            "Description": "One echo with every volume in the pose and on the grid of the run's "
+            "reference, interpolated once by a B-spline",
+            "KeepstillVersion": __version__,
+            "Sources": [raw, output_uri(run, transforms)],
+            "SpatialReference": output_uri(run, output_name(leader, "boldref", settings)),
+        }
+    )
+
+
+def _complete(work: Work, output_dir: Path, written: list[Path], leader_key: str) -> None:
+    found = work.run.found
+    manifest = Manifest(
+        run=work.run.run,
+        input_sha256=found["input"]["sha256"],
+        input_bytes=found["input"]["bytes"],
+        metadata=found["metadata"],
+        settings=work.settings,
+        outputs=describe_outputs(output_dir, written),
+        summary={"n_volumes": work.run.n_volumes},
+        warnings=tuple(found["warnings"]),
+        leader_key=leader_key,
+    )
+    if found["folder"]:
+        remember_inputs(output_dir, work.run.run, found["input"])
+    write_manifest(output_dir, manifest)

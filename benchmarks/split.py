@@ -1,7 +1,7 @@
-"""Where the time of one `keepstill realign` goes, from samples of its stacks.
+r"""Where the time of one `keepstill realign` goes, from samples of its stacks.
 
     pip install py-spy
-    py-spy record -r 500 -f raw -o samples.txt -- \\
+    py-spy record -r 500 -f raw -o samples.txt -- \
         keepstill realign RUN --out OUT --dtype int16 --threads 1
     python benchmarks/split.py samples.txt
 

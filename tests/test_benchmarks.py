@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+import split
 from accuracy import Errors, errors_of, faults, figures_of, joined, read_columns, shared_offset
 from cases import CASES, Case, Limits
 from cost import Cost
@@ -122,3 +123,13 @@ def test_a_cost_can_be_too_much_or_too_little():
     assert Cost("", 2.0, "G", 2.2).passes and not Cost("", 2.3, "G", 2.2).passes
     assert Cost("", 160, "M", 150, True).passes and not Cost("", 140, "M", 150, True).passes
     assert Cost("", 1e9, "G").passes
+
+
+def test_split_of_samples():
+    """The innermost call that is named decides; what none names is start-up."""
+    samples = [
+        "main (a.py:1);collect_run (keepstill/collect.py:55);put_nifti (keepstill/write.py:9) 3",
+        "run (b.py:2);_Worker.estimate (keepstill/realign.py:1);estimate_motion (e.py:1) 4",
+        "<module> (c.py:1);_find_and_load (<frozen importlib._bootstrap>:1) 2",
+    ]
+    assert split.split(samples) == {"write": 3, "first estimate": 4, split.REST: 2}

@@ -18,6 +18,7 @@ LAYERS = (
     ("read", "reference"),
     ("estimate", "reslice", "figures", "maps", "write"),
     ("scanner_effects", "error_bars", "wide_start"),
+    ("other_contrast",),
     ("run_model",),
     ("last_step", "realigned"),
     ("confounds", "truth"),

@@ -15,7 +15,7 @@ from typing import Any
 from keepstill import __version__
 from keepstill.errors import KeepstillError, SettingsError
 from keepstill.progress import VolumeProgress
-from keepstill.settings import RealignSettings
+from keepstill.settings import RealignSettings, with_sbref
 from keepstill.start import start_quickly
 
 TRIPLES = ("voxel_mm", "shape", "point_spread_voxels")
@@ -102,9 +102,10 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         default=default.reference,
-        metavar="first|middle|mean|median|lowest-motion|FILE",
+        metavar="first|middle|mean|median|lowest-motion|sbref|FILE",
         help="what volumes are realigned to; pose and grid are those of the first volume for "
-        "'mean' and 'median'; 'lowest-motion' is the volume that all others are nearest to "
+        "'mean' and 'median'; 'lowest-motion' is the volume that all others are nearest to, "
+        "'sbref' the single-band reference beside the run "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -254,7 +255,7 @@ def _realign(args: argparse.Namespace) -> int:
 
 def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world: Any) -> None:
     """Stage on rank 0, realign on all, collect on rank 0; the stage directory goes in any case."""
-    from keepstill.bids import run_name
+    from keepstill.bids import find_sbref, run_name
     from keepstill.collect import collect_run, summary_line
     from keepstill.ranks import n_threads_of, on_first, realign_staged, share
     from keepstill.read import open_staged
@@ -262,6 +263,7 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
 
     began_s = time.perf_counter()
     run = run_name(args.bold)
+    settings = with_sbref(settings, find_sbref(args.bold))
     n_threads = args.threads or n_threads_of(world)
     with contextlib.ExitStack() as stack:
         stage_dir = on_first(world, lambda: _stage(args, run, settings, stack))

@@ -44,6 +44,8 @@ class Run:
     sidecar : Path or None
         The one JSON of a run outside BIDS, which need not exist; None for a run of a data set,
         whose sidecars are looked for.
+    sbref : Path or None
+        The single-band reference that a table names.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Run:
     session: str | None
     entities: Mapping[str, str]
     sidecar: Path | None = None
+    sbref: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,16 @@ class Origin:
         if self.sidecar:
             return lone_metadata(self.sidecar, run)
         return sidecar_metadata(source, self.data_set(source))
+
+
+def find_sbref(source: Path) -> Path | None:
+    """The single-band reference beside a run: its name with ``_sbref``; None if there is none."""
+    for ending in BOLD_EXTENSIONS:
+        if source.name.endswith(f"_bold{ending}"):
+            stem = source.name.removesuffix(f"_bold{ending}")
+            beside = (source.with_name(f"{stem}_sbref{other}") for other in BOLD_EXTENSIONS)
+            return next((path for path in beside if path.exists()), None)
+    return None
 
 
 class Sidecars:

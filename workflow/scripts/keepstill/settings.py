@@ -1,10 +1,14 @@
 """Settings as frozen values: what a user may choose, checked once at the border."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from keepstill.errors import SettingsError
+
+# A reference that is another file for each run; it is resolved to that file's path.
+SBREF = "sbref"
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class RealignSettings:
     Attributes
     ----------
     reference : str
-        ``first``, ``middle``, ``mean``, ``median``, ``lowest-motion`` or the path of a 3-D NIfTI
-        file.
+        ``first``, ``middle``, ``mean``, ``median``, ``lowest-motion``, ``sbref`` or the path of
+        a 3-D NIfTI file.
     interpolation_degree : int
         Degree of the B-spline that reslices, 1 to 5.
     reslice : bool
@@ -136,6 +140,13 @@ class RealignSettings:
         _refuse_unknown(cls, values)
         _refuse_unknown(EstimateSettings, nested)
         return cls(estimate=EstimateSettings(**nested), **values)
+
+
+def with_sbref(settings: RealignSettings, sbref: Path | None) -> RealignSettings:
+    """Settings that name a run's single-band reference by its path, if they ask for it."""
+    if settings.reference != SBREF or sbref is None:
+        return settings
+    return replace(settings, reference=str(sbref.absolute()))
 
 
 def _refuse_unknown(kind: type, values: dict[str, Any]) -> None:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from keepstill.bids import Run, Sidecars, filter_runs, index_runs, lone_metadata
+from keepstill.bids import Run, Sidecars, filter_runs, find_sbref, index_runs, lone_metadata
 from keepstill.config import Config, effective_config, filters_of, run_table_of, settings_of
 from keepstill.errors import InputError, counted
 from keepstill.files import claim_output_dir, refuse_foreign_data_set, why_no_room
 from keepstill.manifest import engine_sha256, is_complete, manifest_path, portable_settings
 from keepstill.misnamed import NONE_MISNAMED, Misnamed
 from keepstill.run_table import read_run_table
-from keepstill.settings import RealignSettings
+from keepstill.settings import RealignSettings, with_sbref
 from keepstill.stage import (
     claim_stage_root,
     hold_stage_dir,
@@ -125,6 +125,11 @@ class Study:
         path = truth_path(self.bids_dir, self.runs[run].source)
         return ["--truth", str(path)] if path.is_file() else []
 
+    def settings_of(self, name: str) -> RealignSettings:
+        """A run's settings: a single-band reference is its own; without one, stage says so."""
+        run = self.runs[name]
+        return with_sbref(self.settings, run.sbref or find_sbref(run.source))
+
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""
         source = self.runs[run].source
@@ -134,7 +139,7 @@ class Study:
             metadata = self.metadata(run)
         except InputError:
             return False  # stage says what is wrong
-        return is_complete(run, source, metadata, self.settings, self.output_dir)
+        return is_complete(run, source, metadata, self.settings_of(run), self.output_dir)
 
     def has_page(self, run: str) -> bool:
         """Whether a complete run's page and picture are there and not older than the run."""

@@ -115,6 +115,16 @@ def test_half_a_head_is_refused(made, tmp_path):
         staged(source, tmp_path / "stage", reference)
 
 
+def test_another_head_is_refused(study, tmp_path):
+    """It overlaps well and the fit settles; the correlation says that it is none."""
+    turned = study / "sub-02" / "func" / "sub-02_task-headturn_run-1_bold.nii.gz"
+    other = nib.load(study / "sub-01" / "func" / "sub-01_task-oneback_run-1_bold.nii.gz")
+    volume = np.asarray(other.dataobj[..., 0], np.float32).T
+    reference = written(tmp_path / "other.nii", volume, other.affine)
+    with pytest.raises(InputError, match=r"correlation 0\.[0-4]\d \(needs 0\.5\)"):
+        staged(turned, tmp_path / "stage", reference)
+
+
 def test_a_reference_without_a_head_is_refused(made, tmp_path):
     _, source, _, other = made
     reference = written(tmp_path / "empty_sbref.nii", np.zeros_like(other), OTHER_AFFINE)

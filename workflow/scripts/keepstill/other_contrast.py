@@ -47,7 +47,7 @@ class Placement:
     overlap : float
         Part of the image's head that the volume shows, 0 to 1.
     correlation : float
-        Of the normalised images, -1 to 1; 0 where no fit was found.
+        Of the normalised images, 0 to 1; 0 where no fit was found.
     """
 
     volume_from_image: Matrix
@@ -93,7 +93,8 @@ def place_volume(
     turn = geometry.compose(
         geometry.translation(centre_mm), fit.matrix, geometry.translation(-centre_mm)
     )
-    correlation = float(np.sqrt(max(1.0 - unexplained, 0.0))) if found else 0.0
+    # The scale makes residuals orthogonal to the image: their square is 1 / correlation^2 - 1.
+    correlation = float(1.0 / np.sqrt(1.0 + unexplained)) if found else 0.0
     return Placement(turn, fit.overlap, correlation)
 
 

@@ -108,14 +108,9 @@ def take_last_step(
     variance = squares / max(n_inside - N_COLUMNS, 1)
     left = sums[:, :N_COLUMNS] - _predicted(level.block_normals, step)
     noise, blocks = _covariances(normal, (reference.basis, level.test_normal * variance), left)
-    turn = geometry.compose(
-        geometry.translation(reference.centre_mm),
-        geometry.inverse(geometry.rigid_step(step[:6, 0])),
-        geometry.translation(-reference.centre_mm),
-    )
     return replace(
         estimate,
-        moving_from_reference=geometry.compose(estimate.moving_from_reference, turn),
+        moving_from_reference=_moved(estimate, step, reference),
         iterations=estimate.iterations + 1,
         cost=float(np.sqrt(squares / max(n_inside, 1))) / reference.mean_intensity,
         scale=estimate.scale / (1.0 + float(step[6, 0])),
@@ -123,6 +118,16 @@ def take_last_step(
         covariance=noise,
         covariance_by_blocks=blocks,
     )
+
+
+def _moved(estimate: Estimate, step: Matrix, reference: Reference) -> Matrix:
+    """The estimated map after a step about the reference's centre."""
+    turn = geometry.compose(
+        geometry.translation(reference.centre_mm),
+        geometry.inverse(geometry.rigid_step(step[:6, 0])),
+        geometry.translation(-reference.centre_mm),
+    )
+    return geometry.compose(estimate.moving_from_reference, turn)
 
 
 def _total(sums: Matrix) -> Matrix:

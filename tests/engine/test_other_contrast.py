@@ -93,6 +93,19 @@ def test_a_misaligned_reference_of_another_contrast(made, tmp_path):
     assert np.isfinite(motion["covariance"]).all()
 
 
+def test_outside_the_run_stands_what_was_asked_for(made, tmp_path):
+    """On the reference's grid, not the run's: inside, the same values, none of them negative."""
+    _, source, _, other = made
+    reference = written(tmp_path / "a_sbref.nii", in_contrast(other, "root"), OTHER_AFFINE)
+    _, plain = staged(source, tmp_path / "plain", reference)
+    options = {"outside": "nearest", "non_negative": True}
+    _, extended = staged(source, tmp_path / "extended", reference, **options)
+    inside = plain != 0
+    assert 0.1 < inside.mean() < 0.9 and plain.min() < 0
+    np.testing.assert_array_equal(extended[inside], np.maximum(plain[inside], 0))
+    assert (extended[~inside] > 0).mean() > 0.5
+
+
 def test_nothing_in_common_is_refused_with_figures(made, tmp_path):
     _, source, _, other = made
     far = phantom.rigid((400, 0, 0), (0, 0, 0)) @ OTHER_AFFINE

@@ -119,6 +119,9 @@ def test_distance_between_poses():
 def test_a_single_band_reference_is_found_by_its_name(tmp_path):
     bold = tmp_path / "sub-01_task-rest_echo-1_bold.nii.gz"
     assert find_sbref(bold) is None and find_sbref(tmp_path / "any.nii") is None
+    shared = tmp_path / "sub-01_task-rest_sbref.nii.gz"
+    shared.write_bytes(b"x")
+    assert find_sbref(bold) == shared
     beside = tmp_path / "sub-01_task-rest_echo-1_sbref.nii"
     beside.write_bytes(b"x")
     assert find_sbref(bold) == beside

@@ -94,7 +94,7 @@ def test_command_line_makes_the_same_bytes(place: Path) -> None:
 
 
 def test_all_echoes_end_in_the_shortest_ones_sbref(place: Path) -> None:
-    """Where it truly lies: within a twentieth of a voxel; and again there is nothing to do."""
+    """Where it truly lies: off by 0.13 to 0.18 mm, where it moved by 0.4; and again there is nothing to do."""
     name, config = NAMES[0], ("output_dir=sbref", "reference=sbref", "sessions=[01]")
     lines = call(place, *config)
     assert lines[0] == "keepstill: 1 run found, 0 complete, 1 to do, 2 of their echoes to reslice"
@@ -111,8 +111,8 @@ def test_all_echoes_end_in_the_shortest_ones_sbref(place: Path) -> None:
     moving_from_sbref = truth.moving_from_first @ geometry.inverse(sbref_from_first)
     brain_mm = geometry.world(sbref_from_first, truth.brain_mm)
     found = read_itk(folder / f"{name}_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt")
-    assert geometry.displacement_mm(moving_from_sbref, found, brain_mm).max() < 0.33
-    assert np.abs(sbref_from_first - np.eye(4)).max() > 0.3
+    assert geometry.displacement_mm(moving_from_sbref, found, brain_mm).max() < 0.25
+    assert geometry.displacement_mm(truth.moving_from_first, found, brain_mm).min() > 0.35
 
 
 def test_what_changed_is_done_again(place: Path) -> None:

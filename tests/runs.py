@@ -1,5 +1,6 @@
 """Small runs as files, and runs of the phantom in memory."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -122,3 +123,12 @@ def read_table(path: Path) -> dict[str, list[str]]:
 def numbers(cells) -> np.ndarray:
     """Cells as float64, NaN for n/a."""
     return np.array([np.nan if cell == "n/a" else float(cell) for cell in cells])
+
+
+def digests(folder):
+    """Of every file below a folder, by its place there; logs left out."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "logs" not in path.parts
+    }

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from keepstill import config as engine_config
+from keepstill.config_files import parse_entries
 from keepstill.errors import SettingsError
 from keepstill.settings import RealignSettings
 
@@ -121,6 +122,18 @@ def test_text_from_the_command_line() -> None:
         "reference": "first",
         "unknown": "true",
     }
+
+
+@pytest.mark.parametrize("entry", ["outside=nan", "outside=NaN", "outside='nan'"])
+def test_nan_is_a_word_where_it_is_a_choice(entry: str) -> None:
+    """Snakemake takes it for a number on the command line, and only there."""
+    given = parse_entries([entry])
+    typed = engine_config.with_types(given, SCHEMA)
+    engine_config.check_config(SHIPPED | typed, SCHEMA)
+    assert engine_config.settings_of(SHIPPED | typed).outside == "nan"
+    with pytest.raises(SettingsError, match="needs a number of mm"):
+        number = engine_config.with_types(parse_entries(["fd_radius_mm=nan"]), SCHEMA)
+        engine_config.check_config(SHIPPED | number, SCHEMA)
 
 
 def test_whole_numbers_and_fractions_are_one_setting() -> None:

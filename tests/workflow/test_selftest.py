@@ -16,7 +16,7 @@ BOUND_MM = 0.005
 def test_selftest_passes_and_leaves_nothing(tmp_path):
     stage_root = tmp_path / "memory"
     stage_root.mkdir()
-    command = [sys.executable, "-m", "keepstill", "selftest", "--volumes", "6", "--cores", "2"]
+    command = [sys.executable, "-m", "keepstill", "selftest", "--volumes", "24", "--cores", "2"]
     done = subprocess.run(
         [*command, "--stage-root", str(stage_root)],
         cwd=tmp_path,
@@ -27,7 +27,7 @@ def test_selftest_passes_and_leaves_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     head, columns, first, second, seconds, cpu, ranks, verdict = done.stdout.splitlines()
-    assert head.startswith("2 simulated runs of 64x64x36x6, profile ")
+    assert head.startswith("2 simulated runs of 64x64x36x24, profile ")
     assert columns.split() == ["run", "mean", "(mm)", "worst", "(mm)", "x", "bound"]
     for line, subject in ((first, "sub-01"), (second, "sub-02")):
         name, mean, worst, times, word = line.split()

@@ -222,7 +222,8 @@ def _typed(value: Any, schema: Mapping[str, Any]) -> Any:
     if isinstance(value, Mapping) and "properties" in schema:
         return with_types(value, schema)
     if not isinstance(value, str):
-        return value
+        # On the command line the word is taken for a number.
+        return str(value) if str(value) in schema.get("enum", ()) else value
     types = schema.get("type", "string")
     types = [types] if isinstance(types, str) else types
     if value in ("null", "None") and "null" in types:

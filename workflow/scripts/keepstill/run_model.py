@@ -35,7 +35,7 @@ from keepstill.kernels.aliasing import (
 from keepstill.kernels.small import product, solution
 from keepstill.kernels.sums import N_COLUMNS, outside_normal
 from keepstill.reference import Reference, block_points, extent_of
-from keepstill.scanner_effects import NO_EFFECTS, ScannerEffects, fit_scanner_effects
+from keepstill.scanner_effects import NO_EFFECTS, ScannerEffects, every, fit_scanner_effects
 from keepstill.team import Team
 
 Matrix = NDArray[np.float64]
@@ -44,7 +44,7 @@ Matrix = NDArray[np.float64]
 _RIDGE = 0.5
 # Rounds of fields and steps of the early volumes; with three earlier rounds to go by, more change
 # little. Every third volume is early, if that makes enough of them.
-_ROUNDS, _MEMORY = 4, 3
+_ROUNDS, _MEMORY = 3, 3
 _EARLY_EVERY, _FEWEST_EARLY = 3, 24
 _NO_FACTORS = np.zeros((N_FACTORS, 0), np.float32)
 # Freedom is looked at in one point of so many.
@@ -160,21 +160,21 @@ def _fit_fields(
     work = _FieldsWork(reference, team)
     m = len(fitted.slots)
     steps, history = np.zeros((m, N_COLUMNS)), list[tuple[Matrix, Matrix]]()
-    early = slice(None, None, _EARLY_EVERY if m >= _EARLY_EVERY * _FEWEST_EARLY else 1)
-    first = _Chosen.of(reference, fitted, early)
+    step = _EARLY_EVERY if m >= _EARLY_EVERY * _FEWEST_EARLY else 1
+    first = _Chosen.of(reference, fitted, step)
     own = np.zeros((len(first.normals), N_COLUMNS))
     for _ in range(_ROUNDS):
         own = _accelerated(history, own, work.change(first, own, refit=True))
-    if early.step == 1:
+    if step == 1:
         work.change(first, own, refit=True)
         return work.gathered(), work.freedom(first)
-    every = _Chosen.of(reference, fitted, slice(None))
+    all_of_them = _Chosen.of(reference, fitted, 1)
     work.change(first, own, refit=True)
-    steps += work.change(every, steps, refit=False)
-    steps[early] = own
-    steps += work.change(every, steps, refit=True)
-    work.change(every, steps, refit=True)
-    return work.gathered(), work.freedom(every)
+    steps += work.change(all_of_them, steps, refit=False)
+    steps[::step] = own
+    steps += work.change(all_of_them, steps, refit=True)
+    work.change(all_of_them, steps, refit=True)
+    return work.gathered(), work.freedom(all_of_them)
 
 
 @dataclass
@@ -186,14 +186,8 @@ class _Chosen:
     factors: dict[int, NDArray[np.float32]]
 
     @classmethod
-    def of(cls, reference: Reference, fitted: Fitted, which: slice) -> "_Chosen":
-        last = reference.last
-        chosen = fitted._replace(
-            slots=np.ascontiguousarray(fitted.slots[which]),
-            spans=np.ascontiguousarray(fitted.spans[which]),
-            maps=np.ascontiguousarray(fitted.maps[which]),
-            phases=np.ascontiguousarray(fitted.phases[which]),
-        )
+    def of(cls, reference: Reference, fitted: Fitted, step: int) -> "_Chosen":
+        last, chosen = reference.last, every(fitted, step)
         normals = [last.normal - outside_normal(last.points, spans) for spans in chosen.spans]
         return cls(chosen, normals, {})
 

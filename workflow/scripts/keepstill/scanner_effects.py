@@ -29,6 +29,10 @@ _UNIT_MM, _SHADING_SD, _GHOST_SD = 80.0, 0.1, 0.05
 # Activity and noise make a shading of about this standard deviation over the head out of nothing;
 # one of that size is not believed, one of twice that size almost whole.
 _SPURIOUS_SD = 0.035
+# A weaker ghost may be none, and moves nothing by a micrometre.
+_LEAST_GHOST = 0.004
+# Every third volume is looked at, if that makes enough of them.
+_EVERY, _FEWEST = 3, 24
 # A fit needs this part of the points to be seen by all volumes.
 _LEAST_COMMON = 0.3
 # Quadratic monomials of (x, y, z, 1): of the shading, all but the constant.
@@ -98,28 +102,46 @@ def fit_scanner_effects(reference: Reference, fitted: Fitted, team: Team) -> Sca
         Residuals at the points of the reference's last level; changed in place.
     team : Team
     """
-    common = _common_points(reference.last.points, fitted.spans)
+    some = fitted if len(fitted.slots) < _EVERY * _FEWEST else every(fitted, _EVERY)
+    common = _common_points(reference.last.points, some.spans)
     if common.mean() < _LEAST_COMMON:
         return NO_EFFECTS
     to_unit = _to_unit(reference)
-    cross, right = _sums(reference, fitted, (common, to_unit), team)
-    n_values = max(float(common.sum()) * len(fitted.slots), 1.0)
+    cross, right = _sums(reference, some, (common, to_unit), team)
+    n_values = max(float(common.sum()) * len(some.slots), 1.0)
     variance = float(right[:, -1].sum()) / n_values
     allowed = _beside_fixed(reference.basis)
     cross = product(product(np.ascontiguousarray(allowed.T), cross), allowed)
     right = product(np.ascontiguousarray(right[:, :-1]), allowed)
-    effects = _solved((cross, right), fitted.maps, reference, (to_unit, variance))
+    effects = _solved((cross, right), some.maps, reference, (to_unit, variance))
     shading = effects.shading * _credibility(effects.shading, reference.last.points)
-    effects = ScannerEffects(shading, effects.ghost)
+    ghost = effects.ghost if abs(effects.ghost) >= _LEAST_GHOST else 0.0
+    effects = ScannerEffects(shading, ghost)
+    _take_off_residuals(effects, reference, fitted, team)
+    return effects
 
-    def take_off(block: int) -> None:
-        _, rows = block_points(reference, block)
+
+def every(fitted: Fitted, step: int) -> Fitted:
+    """Every so many of some volumes."""
+    return fitted._replace(
+        slots=np.ascontiguousarray(fitted.slots[::step]),
+        spans=np.ascontiguousarray(fitted.spans[::step]),
+        maps=np.ascontiguousarray(fitted.maps[::step]),
+        phases=np.ascontiguousarray(fitted.phases[::step]),
+    )
+
+
+def _take_off_residuals(
+    effects: ScannerEffects, reference: Reference, fitted: Fitted, team: Team
+) -> None:
+    """Take effects off the residuals at the points of this rank's blocks, in place."""
+    if effects.shading.any() or effects.ghost:
+        first, last = team.blocks.start, team.blocks.stop
+        rows = slice(int(reference.blocks[first]), int(reference.blocks[last]))
         for v, slot in enumerate(fitted.slots):
             spans = np.ascontiguousarray(fitted.spans[v, rows])
-            effects.take_off(fitted.residuals[slot], reference, spans, _whole(fitted.maps[v]), rows)
-
-    team.each(take_off)
-    return effects
+            whole = _whole(fitted.maps[v])
+            effects.take_off(fitted.residuals[slot], reference, spans, whole, rows)
 
 
 def change_of(shading: Matrix, to_moving: Matrix) -> Matrix:

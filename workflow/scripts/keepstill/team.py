@@ -26,6 +26,9 @@ class Team:
 
     def each(self, work: Callable[[int], T]) -> list[T]:
         """Result of some work on every block, in the order of blocks, on all ranks."""
-        with ThreadPoolExecutor(self.n_threads) as pool:
-            mine = list(pool.map(work, self.blocks))
+        if self.n_threads == 1:
+            mine = [work(block) for block in self.blocks]
+        else:
+            with ThreadPoolExecutor(self.n_threads) as pool:
+                mine = list(pool.map(work, self.blocks))
         return [result for results in self.gather(mine) for result in results]

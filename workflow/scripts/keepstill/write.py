@@ -41,12 +41,19 @@ def gzip_member(parts: Iterable[bytes], n_threads: int) -> Iterable[bytes]:
     """
     yield _GZIP_HEAD
     crc, size = 0, 0
-    with ThreadPoolExecutor(n_threads) as pool:
-        for deflated, part_crc, part_size in ahead(pool, _deflated, parts, 2 * n_threads):
-            crc = isal_zlib.crc32_combine(crc, part_crc, part_size)
-            size += part_size
-            yield deflated
+    for deflated, part_crc, part_size in _all_deflated(parts, n_threads):
+        crc = isal_zlib.crc32_combine(crc, part_crc, part_size)
+        size += part_size
+        yield deflated
     yield _LAST_BLOCK + struct.pack("<II", crc, size & 0xFFFFFFFF)
+
+
+def _all_deflated(parts: Iterable[bytes], n_threads: int) -> Iterable[tuple[bytes, int, int]]:
+    if n_threads == 1:
+        yield from map(_deflated, parts)
+        return
+    with ThreadPoolExecutor(n_threads) as pool:
+        yield from ahead(pool, _deflated, parts, 2 * n_threads)
 
 
 def _deflated(part: bytes) -> tuple[bytes, int, int]:

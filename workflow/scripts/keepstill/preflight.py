@@ -31,8 +31,8 @@ from keepstill.study import Plan, Study
 # Mvoxel of 64 x 64 x 36 x 200 (2 ranks, degree 5, kernels compiled, AMD EPYC, 2026).
 CPU_S_PER_RUN = 5.0
 CPU_S_PER_MVOXEL = 0.1
-# An echo of a multi-echo run starts Python once, and is resliced and compressed (1.4 and 1.7 CPU s for
-# the same volumes).
+# An echo of a multi-echo run starts Python once, and is resliced and compressed: 1.4 and 1.7 CPU s
+# for the same volumes.
 CPU_S_PER_ECHO, CPU_S_PER_ECHO_MVOXEL = 1.4, 0.06
 # Written voxels are 0.69 to 0.89 of their size without compression, float32 and int16 alike.
 COMPRESSED = 0.9

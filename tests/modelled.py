@@ -51,10 +51,10 @@ def copied(fitted):
     return fitted._replace(residuals=fitted.residuals.copy())
 
 
-def model_of(reference, fitted, own_grid=True):
+def model_of(reference, fitted):
     """The model that one rank finds."""
     blocks = range(len(reference.blocks) - 1)
-    return fit_run_model(reference, copied(fitted), own_grid, Team(blocks, 1, lambda v: [v]))
+    return fit_run_model(reference, copied(fitted), Team(blocks, 1, lambda v: [v]))
 
 
 def models_of_ranks(reference, fitted, n_ranks, n_threads):
@@ -71,7 +71,7 @@ def models_of_ranks(reference, fitted, n_ranks, n_threads):
             return everything
 
         blocks = share(len(reference.blocks) - 1, n_ranks, rank)
-        return fit_run_model(reference, shared, True, Team(blocks, n_threads, gather))
+        return fit_run_model(reference, shared, Team(blocks, n_threads, gather))
 
     with ThreadPoolExecutor(n_ranks) as pool:
         return list(pool.map(rank_s, range(n_ranks)))

@@ -21,6 +21,7 @@ LAYERS = (
     ("read", "reference"),
     ("estimate", "reslice", "figures", "maps", "write", "mean_echo"),
     ("scanner_effects", "error_bars", "transforms", "wide_start"),
+    ("other_contrast",),
     ("run_model",),
     ("last_step", "realigned"),
     ("confounds", "truth"),

@@ -176,7 +176,7 @@ def test_paths_that_would_do_harm(given: dict[str, str], words: str, tmp_path: P
 
 
 def test_a_reference_that_is_not_there() -> None:
-    with pytest.raises(SettingsError, match="mean, median, lowest-motion or an existing file"):
+    with pytest.raises(SettingsError, match="lowest-motion, sbref or an existing file"):
         engine_config.settings_of(SHIPPED | {"reference": "/nowhere/mean.nii"})
 
 

@@ -109,7 +109,7 @@ def test_values_may_stand_behind_config_as_with_snakemake(
         (["--config", "missing.yaml"], "config: missing.yaml: No such file or directory"),
         (
             ["reference=missing.nii"],
-            "mean, median, lowest-motion or an existing file",
+            "mean, median, lowest-motion, sbref or an existing file",
         ),
         (["bids_dir=/data"], "bids_dir is given and output_dir is not"),
     ],

@@ -100,6 +100,18 @@ def test_what_are_no_echoes_of_one_run(echoes, tmp_path):
         multi_echo.with_leaders(plain, "shortest", lambda run: {})
 
 
+@pytest.mark.parametrize(("number", "kind"), [(2, "echo-2_sbref"), (3, "sbref")])
+def test_echoes_have_the_single_band_reference_of_their_run(echoes, tmp_path, number, kind):
+    """That of the echo that shows the motion, else the one of all; never one of their own."""
+    for name in ("echo-1_sbref", "echo-2_sbref", "sbref"):
+        echoes[0].with_name(f"{LEADER}_{name}.nii.gz").write_bytes(b"x")
+    found = {run.name: run for run in multi_echo.runs_of_files(echoes, number)}
+    places = (tmp_path / name for name in ("raw", "out", "memory"))
+    study = Study(*places, RealignSettings(reference="sbref"), found, False)
+    references = {study.settings_of(name).reference for name in found}
+    assert references == {str(echoes[0].with_name(f"{LEADER}_{kind}.nii.gz"))}
+
+
 def test_names_of_outputs(echoes, tmp_path):
     """Only the realigned runs, and their manifests, have `echo`."""
     out = tmp_path / "out"

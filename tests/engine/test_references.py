@@ -5,10 +5,12 @@ import pytest
 
 import runs
 from keepstill import geometry, phantom, realign
+from keepstill.bids import find_sbref
 from keepstill.ranks import join_world, realign_staged
 from keepstill.read import open_staged
 from keepstill.realign import Crew, open_realigned
-from keepstill.settings import RealignSettings
+from keepstill.run_table import read_run_table
+from keepstill.settings import RealignSettings, with_sbref
 from keepstill.stage import MOTION, stage_run
 
 SHAPE = (48, 52, 28)
@@ -112,3 +114,27 @@ def test_distance_between_poses():
     places = geometry.pose_places_mm(np.array([a, b]), centre)
     found = np.sqrt(((places[0] - places[1]) ** 2).sum())
     assert found == pytest.approx(np.sqrt((moved**2).sum(axis=1).mean()), rel=0.01)
+
+
+def test_a_single_band_reference_is_found_by_its_name(tmp_path):
+    bold = tmp_path / "sub-01_task-rest_echo-1_bold.nii.gz"
+    assert find_sbref(bold) is None and find_sbref(tmp_path / "any.nii") is None
+    shared = tmp_path / "sub-01_task-rest_sbref.nii.gz"
+    shared.write_bytes(b"x")
+    assert find_sbref(bold) == shared
+    beside = tmp_path / "sub-01_task-rest_echo-1_sbref.nii"
+    beside.write_bytes(b"x")
+    assert find_sbref(bold) == beside
+    settings = RealignSettings(reference="sbref")
+    assert with_sbref(settings, beside).reference == str(beside)
+    assert with_sbref(settings, None) == settings
+    assert with_sbref(RealignSettings(), beside) == RealignSettings()
+
+
+def test_a_table_names_single_band_references(tmp_path):
+    for name in ("a.nii", "b.nii", "s.nii"):
+        (tmp_path / name).write_bytes(b"x")
+    table = tmp_path / "runs.tsv"
+    table.write_text("path\tsubject\tsbref\na.nii\t01\ts.nii\nb.nii\t02\t\n")
+    found = read_run_table(table)
+    assert [run.sbref for run in found] == [tmp_path / "s.nii", None]

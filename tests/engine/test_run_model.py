@@ -215,12 +215,6 @@ def test_a_tiny_shading_is_not_believed(reference, maps, spans, steps):
     assert not modelled.model_of(reference, fitted).effects.shading.any()
 
 
-def test_shading_needs_a_reference_that_lay_in_the_scanner(reference, maps, spans, steps):
-    shading = shading_of(0.15, reference, 1)
-    fitted = made_of(RunModel(None, ScannerEffects(shading)), reference, maps, spans, steps)
-    assert not modelled.model_of(reference, fitted, own_grid=False).effects.shading.any()
-
-
 def test_shading_needs_points_that_all_see(reference, maps, spans, steps):
     shading = shading_of(0.15, reference, 1)
     halves = spans.copy()

@@ -13,7 +13,7 @@ from keepstill.reference import Acquisition, prepare_reference, thinned
 from keepstill.settings import EstimateSettings, RealignSettings
 from keepstill.smooth import lowpass
 from keepstill.stage import MOTION, stage_run
-from keepstill.wide_start import better, prepare_wide_levels, wants_wide_start, wide_start
+from keepstill.wide_start import better, prepare_wide, wants_wide_start, wide_start
 
 SHAPE = (64, 64, 36)
 AFFINE = phantom.grid_affine(SHAPE, (3.4, 3.4, 3.5))
@@ -28,13 +28,18 @@ def jumps(shift_mm, turn_deg, seed=5):
     return [np.eye(4), *(phantom.rigid(shift_mm * s, turn_deg * r) for s, r in drawn)]
 
 
+def wide_of(reference):
+    volume, affine = reference.volume, reference.affine
+    return prepare_wide(volume, affine, reference.centre_mm, reference.basis)
+
+
 def both_starts(volumes, affine, in_plane=False):
     """Estimates from no motion, and from a wide start, of all volumes but the first."""
     reference = prepare_reference(volumes[0], affine, SETTINGS, Acquisition(in_plane))
-    levels, found = prepare_wide_levels(reference), []
+    levels, found = wide_of(reference), []
     for volume in volumes[1:]:
         moving = prepare_moving(volume, 5, Coefficients(volume.shape))
-        start = wide_start(volume, affine, reference, levels)
+        start = wide_start(volume, affine, levels)
         plain, wide = (
             estimate_motion(moving, affine, reference, SETTINGS, s) for s in (None, start)
         )
@@ -101,10 +106,10 @@ def test_jumps_within_a_run(head, tmp_path):
 
 
 def test_ordinary_runs_never_ask_for_it(head, tmp_path, monkeypatch):
-    def asked(reference):
+    def asked(*arguments):
         raise AssertionError("asked for")
 
-    monkeypatch.setattr(realign, "prepare_wide_levels", asked)
+    monkeypatch.setattr(realign, "prepare_wide", asked)
     poses = [*phantom.drawn_poses("spikes", 6, 3), phantom.rigid((8, -5, 4), (9, -4, 12))]
     _, volumes = runs.head_run(head, poses, SHAPE, AFFINE, tsnr=15)
     motion = staged(written(tmp_path / "a_bold.nii", volumes), tmp_path / "stage")

@@ -1,15 +1,19 @@
 """The same bytes for any number of ranks and threads; failing ranks end all ranks."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import runs
+from keepstill import phantom
 from keepstill.ranks import share
 
 MPIRUN = str(Path(sys.executable).with_name("mpirun"))
@@ -100,6 +104,41 @@ def test_real_run_has_same_bytes_on_two_ranks(study, tmp_path):
         done = call(["realign", source, "--out", out, "--dtype", "int16"], ranks)
         assert done.returncode == 0, done.stderr
     assert runs.digests(tmp_path / "1") == runs.digests(tmp_path / "2")
+
+
+def test_a_single_band_reference_has_same_bytes_on_ranks_and_threads(study, tmp_path):
+    """Found by its name; another pose, grid and contrast. Without it, one line says so."""
+    folder = tmp_path / "sub-03"
+    folder.mkdir()
+    for ending in ("nii.gz", "json"):
+        name = f"sub-03_task-rest_bold.{ending}"
+        (folder / name).write_bytes((study / "sub-03" / "func" / name).read_bytes())
+    source = folder / "sub-03_task-rest_bold.nii.gz"
+    arguments = ["realign", source, "--reference", "sbref", "--out"]
+    done = call([*arguments, tmp_path / "none"], ranks=2)
+    assert done.returncode == 2
+    assert done.stderr.count("no sub-03_task-rest_sbref.nii[.gz] beside") == 1
+    image = nib.load(source)
+    first = image.get_fdata(dtype=np.float32)[4:60, ::1, :, 0]
+    affine = phantom.rigid((6, -9, 4), (5, 0, -8)) @ image.affine
+    affine[:3, 3] += affine[:3, 0] * 4
+    sbref = nib.Nifti1Image(np.sqrt(np.clip(first, 0, None)), affine)
+    nib.save(sbref, folder / "sub-03_task-rest_sbref.nii.gz")
+    found = []
+    for ranks, threads in [(1, 1), (1, 2), (2, 1), (3, 1)]:
+        out = tmp_path / f"{ranks}-{threads}"
+        done = call([*arguments, out, "--threads", threads], ranks)
+        assert done.returncode == 0, done.stderr
+        found.append(runs.digests(out))
+    assert all(other == found[0] for other in found)
+    boldref = nib.load(out / "sub-03_task-rest_desc-hmc_boldref.nii.gz")
+    np.testing.assert_allclose(boldref.affine, affine, atol=1e-4)
+    np.testing.assert_array_equal(boldref.get_fdata(), np.asarray(sbref.dataobj))
+    bold = nib.load(out / "sub-03_task-rest_desc-hmc_bold.nii.gz")
+    assert bold.shape == (*boldref.shape, 6)
+    sidecar = json.loads((out / "sub-03_task-rest_desc-hmc_boldref.json").read_text())
+    assert sidecar["Reference"].startswith("sub-03_task-rest_sbref.nii.gz (sha256:")
+    assert "sbref" in sidecar["Sources"][0]
 
 
 def test_head_turns_have_same_bytes_on_ranks_and_threads(study, tmp_path):

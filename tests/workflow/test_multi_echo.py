@@ -12,7 +12,7 @@ import pytest
 from keepstill import geometry
 from keepstill.__main__ import main
 from keepstill.transforms.itk import read_itk
-from keepstill.truth import read_truth, truth_path
+from keepstill.truth import SBREF_TRANSFORM, read_truth, truth_path
 from validator import validate
 
 CLONE = Path(__file__).parents[2]
@@ -91,6 +91,28 @@ def test_command_line_makes_the_same_bytes(place: Path) -> None:
     assert len(alone) == 2 * 9
     for path in alone:
         assert path.read_bytes() == (folder_of(place / "out", name) / path.name).read_bytes()
+
+
+def test_all_echoes_end_in_the_shortest_ones_sbref(place: Path) -> None:
+    """Where it truly lies: within a twentieth of a voxel; and again there is nothing to do."""
+    name, config = NAMES[0], ("output_dir=sbref", "reference=sbref", "sessions=[01]")
+    lines = call(place, *config)
+    assert lines[0] == "keepstill: 1 run found, 0 complete, 1 to do, 2 of their echoes to reslice"
+    assert call(place, *config) == ["keepstill: 1 run, all complete; nothing to do"]
+    folder = folder_of(place / "sbref", name)
+    for echo in (1, 2):
+        sidecar = folder / f"{name}_echo-{echo}_desc-hmc_bold.json"
+        reference = json.loads(sidecar.read_text())["Reference"]
+        assert reference.startswith(f"{name}_echo-1_sbref.nii.gz (sha256:")
+    source = folder_of(place / "study", name) / f"{name}_bold.nii.gz"
+    path = truth_path(place / "study", source)
+    truth = read_truth(path)
+    (sbref_from_first,) = read_itk(path.with_name(f"{name}_{SBREF_TRANSFORM}"))
+    moving_from_sbref = truth.moving_from_first @ geometry.inverse(sbref_from_first)
+    brain_mm = geometry.world(sbref_from_first, truth.brain_mm)
+    found = read_itk(folder / f"{name}_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt")
+    assert geometry.displacement_mm(moving_from_sbref, found, brain_mm).max() < 0.33
+    assert np.abs(sbref_from_first - np.eye(4)).max() > 0.3
 
 
 def test_what_changed_is_done_again(place: Path) -> None:

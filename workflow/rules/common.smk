@@ -90,7 +90,7 @@ def stage_dir(wildcards):
 
 
 def settings(wildcards):
-    return STUDY.settings.to_json()
+    return STUDY.settings_of(wildcards.run).to_json()
 
 
 def on_hand(n_cores):

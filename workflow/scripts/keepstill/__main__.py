@@ -23,6 +23,7 @@ from keepstill.settings import (
     SHORTEST,
     EstimateSettings,
     RealignSettings,
+    with_sbref,
 )
 from keepstill.start import start_quickly
 
@@ -100,9 +101,10 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         default=default.reference,
-        metavar="first|middle|mean|median|lowest-motion|FILE",
+        metavar="first|middle|mean|median|lowest-motion|sbref|FILE",
         help="what volumes are realigned to; pose and grid are those of the first volume for "
-        "'mean' and 'median'; 'lowest-motion' is the volume that all others are nearest to "
+        "'mean' and 'median'; 'lowest-motion' is the volume that all others are nearest to, "
+        "'sbref' the single-band reference beside the run "
         "(default: %(default)s)",
     )
     _add_reslice_arguments(parser)
@@ -376,6 +378,7 @@ def _reslice_values(args: argparse.Namespace) -> dict[str, Any]:
 
 def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world: Any) -> None:
     """Stage on rank 0, realign on all, collect on rank 0; the stage directory goes in any case."""
+    from keepstill.bids import find_sbref
     from keepstill.collect import collect_run, summary_line
     from keepstill.multi_echo import runs_of_files
     from keepstill.ranks import n_threads_of, on_first, realign_staged, share, together_all
@@ -384,6 +387,7 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
 
     began_s = time.perf_counter()
     first, *echoes = on_first(world, lambda: runs_of_files(args.bold, args.estimate_echo))
+    settings = on_first(world, lambda: with_sbref(settings, find_sbref(first.source)))
     run, n_threads = first.name, args.threads or n_threads_of(world)
     lines: list[str] = []
     with contextlib.ExitStack() as stack:

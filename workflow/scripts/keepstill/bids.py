@@ -50,6 +50,8 @@ class Run:
         Name and file of each echo, where motion is estimated on the mean of all.
     leader : str or None
         Name of the multi-echo run that this is an echo of.
+    sbref : Path or None
+        The single-band reference that a table names.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Run:
     echoes: tuple[str, ...] = ()
     mean_of: tuple[tuple[str, Path], ...] = ()
     leader: str | None = None
+    sbref: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,21 @@ class Origin:
         if self.sidecar:
             return lone_metadata(self.sidecar, run)
         return sidecar_metadata(source, self.data_set(source))
+
+
+def find_sbref(source: Path) -> Path | None:
+    """The single-band reference beside a run: its name with ``_sbref``; None if there is none.
+
+    An echo without one of its own has that of all echoes, whose name lacks ``echo``.
+    """
+    stem = _stem(source.name)
+    if not stem.endswith("_bold"):
+        return None
+    run = stem.removesuffix("_bold")
+    shared = "_".join(part for part in run.split("_") if not part.startswith("echo-"))
+    names = (f"{name}_sbref{ending}" for name in (run, shared) for ending in BOLD_EXTENSIONS)
+    beside = (source.with_name(name) for name in names)
+    return next((path for path in beside if path.exists()), None)
 
 
 class Sidecars:

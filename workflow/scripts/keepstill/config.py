@@ -13,7 +13,7 @@ from keepstill.bids import FILTERS, Filters
 from keepstill.errors import SettingsError
 from keepstill.manifest import REFERENCES
 from keepstill.run_table import TABLE_ENDING
-from keepstill.settings import RealignSettings
+from keepstill.settings import SBREF, RealignSettings
 
 Config = Mapping[str, Any]
 SCHEMA = Path("config", "config.schema.yaml")  # in the clone
@@ -131,10 +131,10 @@ def settings_of(config: Config) -> RealignSettings:
         If the reference is a file that is not there.
     """
     reference = config["reference"]
-    if reference not in REFERENCES and not Path(reference).is_file():
+    names = (*REFERENCES, SBREF)
+    if reference not in names and not Path(reference).is_file():
         raise SettingsError(
-            f"config: reference: {reference!r} found; needs {', '.join(REFERENCES)} "
-            "or an existing file"
+            f"config: reference: {reference!r} found; needs {', '.join(names)} or an existing file"
         )
     defaults = RealignSettings()
     values = {setting.name: config[setting.name] for setting in fields(RealignSettings)}
@@ -179,7 +179,7 @@ def _validator(schema: Mapping[str, Any]) -> Any:
 def _paths_in(config: Config) -> Iterator[str]:
     """Keys whose values are paths."""
     yield from PATHS
-    if config["reference"] not in REFERENCES:
+    if config["reference"] not in (*REFERENCES, SBREF):
         yield "reference"
     if run_table_of(config):
         yield "runs"

@@ -16,7 +16,7 @@ from typing import Any
 
 from keepstill import __version__
 from keepstill.files import file_sha256, put_text
-from keepstill.settings import RealignSettings
+from keepstill.settings import SBREF, RealignSettings
 
 PACKAGE = Path(__file__).parent
 # What cannot change a run's files: where and when things run, what is shown, what is shared out.
@@ -220,7 +220,7 @@ def stamp_of(path: Path) -> Stamp:
 def portable_settings(settings: RealignSettings) -> dict[str, Any]:
     """Settings with the content of a reference file in the place of its path."""
     values = asdict(settings)
-    if settings.reference not in REFERENCES:
+    if settings.reference not in (*REFERENCES, SBREF):
         reference = Path(settings.reference)
         values["reference"] = f"sha256:{_hash_once(reference, stamp_of(reference))}"
     return values

@@ -24,7 +24,7 @@ from keepstill.nifti import (
     check_units,
     parse_layout,
 )
-from keepstill.settings import RealignSettings
+from keepstill.settings import SBREF, RealignSettings
 from keepstill.study import Plan, Study
 
 # CPU seconds of a run: 5 to start Python for each step and to draw the page, and 2.9 for the 29.5
@@ -218,7 +218,7 @@ def _inflated(first_bytes: bytes, run: str) -> bytes:
 
 def _reference_voxels(settings: RealignSettings) -> int | None:
     """Voxels of the file that serves as reference; None if volumes of the runs serve."""
-    if settings.reference in REFERENCES:
+    if settings.reference in (*REFERENCES, SBREF):
         return None
     with contextlib.suppress(InputError):  # realign says what is wrong
         nx, ny, nz = read_layout(Path(settings.reference), "reference").shape[:3]

@@ -17,9 +17,11 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 
+from keepstill import geometry
 from keepstill.error_bars import with_error_bars
 from keepstill.errors import InputError, KeepstillError, LaunchError
 from keepstill.estimate import Estimate
+from keepstill.manifest import REFERENCES
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
@@ -36,6 +38,7 @@ from keepstill.realign import (
     median_target,
     merged,
     model_volumes,
+    with_space,
     write_residuals,
 )
 from keepstill.run_model import NO_MODEL, RunModel, fit_run_model
@@ -245,6 +248,8 @@ def realign_staged(
     target = together(world, lambda: choose_target(run, settings))
     if settings.reslices_twice or settings.reference == "lowest-motion":
         target = _second_target(Task(run, target, settings), world, crew)
+    elif settings.reference not in REFERENCES:
+        target = on_first(world, lambda: with_space(run, target, settings))
     found = _realign_all(Task(run, target, settings), world, crew)
     found = replace(found, estimates=with_error_bars(found.estimates))
     on_first(world, lambda: _finish(stage_dir, run, target, found))
@@ -298,7 +303,7 @@ def _fit_model(task: Task, estimates: list[Estimate], world: Alone | World, crew
     reference = task.target.reference
     blocks = share(len(reference.blocks) - 1, world.size, world.rank)
     team = Team(blocks, crew.n_threads, lambda value: world.bcast(world.gather(value)))
-    model = fit_run_model(reference, fitted, task.target.own_grid, team)
+    model = fit_run_model(reference, fitted, team)
     return replace(model, learnt_from=frozenset(chosen))
 
 
@@ -318,22 +323,26 @@ def _refuse_if_none(run: StagedRun, found: Part) -> None:
 
 def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
     estimates = list(found.estimates.values())
-    reference = target.reference
+    end, centre_mm = target.space or target.reference, target.reference.centre_mm
+    statuses = [e.status for e in estimates]
+    if target.space:
+        centre_mm = geometry.world(geometry.inverse(target.space.reference_from_space), centre_mm)
+        statuses = ["ok" if status == "reference" else status for status in statuses]
     missing = np.zeros((0, 0, 0), np.bool_) if found.missing is None else found.missing
     saved = io.BytesIO()
     np.savez(
         saved,
         moving_from_reference=np.array([e.moving_from_reference for e in estimates]),
-        status=np.array([e.status for e in estimates]),
+        status=np.array(statuses),
         iterations=np.array([e.iterations for e in estimates]),
         cost=np.array([e.cost for e in estimates]),
         overlap=np.array([e.overlap for e in estimates]),
         scale=np.array([e.scale for e in estimates]),
         n_lost_slices=np.array([len(e.lost_slices) for e in estimates]),
         covariance=np.array([e.covariance for e in estimates]),
-        centre_mm=reference.centre_mm,
-        reference=reference.volume,
-        affine=reference.affine,
+        centre_mm=centre_mm,
+        reference=end.volume,
+        affine=end.affine,
         missing=missing,
         n_missing=found.n_missing,
     )

@@ -106,14 +106,14 @@ def read_volume(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         chunks = Chunks(path, name)
         layout = parse_layout(chunks.peek(HEADER_BYTES), name)
         refuse_impossible_size(layout, path.stat().st_size, name)
-        if len(layout.shape) != 3:
+        if any(n != 1 for n in layout.shape[3:]) or len(layout.shape) < 3:
             raise InputError(f"{name}: axes {layout.shape} found; a reference needs one volume")
         content = b"".join(chunks)
     except OSError as error:
         raise InputError(f"{path}: not readable ({error.strerror}); check the path") from error
     if len(content) != layout.n_bytes:
         raise InputError(f"{name}: {len(content)} bytes found, {layout.n_bytes} promised")
-    stored = np.frombuffer(content, layout.dtype, offset=layout.offset).reshape(layout.shape[::-1])
+    stored = np.frombuffer(content, layout.dtype, offset=layout.offset).reshape(layout.shape[2::-1])
     with np.errstate(over="ignore", invalid="ignore"):
         volume = stored.astype(np.float32) * np.float32(layout.slope) + np.float32(layout.inter)
     return volume, layout.affine

@@ -16,18 +16,19 @@ from keepstill.error_bars import with_explained_noise
 from keepstill.errors import EmptyVolumeError, InputError
 from keepstill.estimate import Estimate, estimate_motion
 from keepstill.kernels.aliasing import Fitted
+from keepstill.kernels.small import product
 from keepstill.last_step import residuals_of, take_last_step, to_moving_voxel
 from keepstill.lost_slices import filled, find_lost_slices, slice_means
-from keepstill.manifest import REFERENCES
 from keepstill.moving import Coefficients, Moving, prepare_moving
+from keepstill.other_contrast import place_volume
 from keepstill.read import StagedRun, read_volume
-from keepstill.reference import Acquisition, Reference, WideLevel, prepare_reference
+from keepstill.reference import Acquisition, Reference, prepare_reference
 from keepstill.reslice import extend_volume, reslice_volume
 from keepstill.run_model import RunModel, fitted_to
 from keepstill.settings import RealignSettings
 from keepstill.smooth import fill_missing
 from keepstill.stage import enlarge_staged
-from keepstill.wide_start import better, prepare_wide_levels, wants_wide_start, wide_start
+from keepstill.wide_start import Wide, better, prepare_wide, wants_wide_start, wide_start
 
 Progress = Callable[[int], None]
 T = TypeVar("T")
@@ -38,6 +39,9 @@ _WORST_COST = 1.5
 _FEWEST_FOR_MODEL = 12
 # Values of a series that are in memory at once for a median: 32 MB, and three times that to sort.
 _MEDIAN_VALUES = 8_000_000
+# Volumes of one head correlate by 0.61 (echoes at 14 and 62 ms) and more, those of two heads, at
+# their best fit, by 0.43 at most (six real pairs each).
+_LEAST_CORRELATION = 0.5
 _AT_REST = Estimate(np.eye(4), "ok", 0, 0.0, 1.0, 1.0)
 
 
@@ -66,6 +70,24 @@ class Crew:
 
 
 @dataclass(frozen=True)
+class Space:
+    """An image from elsewhere, in whose pose and on whose grid a run ends.
+
+    Attributes
+    ----------
+    volume : (nz, ny, nx) float32
+    affine : (4, 4) float64
+        World mm from voxel.
+    reference_from_space : (4, 4) float64
+        World mm of the image -> world mm of the run's own volume that all others go by.
+    """
+
+    volume: NDArray[np.float32]
+    affine: NDArray[np.float64]
+    reference_from_space: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Target:
     """What a run is realigned to.
 
@@ -74,13 +96,19 @@ class Target:
     reference : Reference
     volume : int or None
         The run's own volume that serves as reference, if one does.
-    own_grid : bool
-        Whether the reference has the run's grid.
+    space : Space or None
+        Where volumes are taken in the end, if not where the reference is.
     """
 
     reference: Reference
     volume: int | None
-    own_grid: bool = True
+    space: Space | None = None
+
+    @property
+    def grid(self) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+        """Shape (nz, ny, nx) and affine of the result."""
+        end = self.space or self.reference
+        return end.volume.shape, end.affine
 
 
 @dataclass(frozen=True)
@@ -123,30 +151,45 @@ def merged(parts: Iterable[Part]) -> Part:
 
 
 def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
-    """The reference that the settings name, or the first volume where it is found in two passes.
+    """The run's volume that the settings name, or its first, to begin with.
+
+    With a file, all volumes go by the first one, and `with_space` says where that lies.
 
     Raises
     ------
     InputError
-        If it shows no head, or the named file is not a volume.
+        If it shows no head.
     """
-    if settings.reference in REFERENCES:
-        n_dummy = run.n_dummy
-        t = n_dummy + (run.n_volumes - n_dummy) // 2 if settings.reference == "middle" else n_dummy
-        t = _next_with_signal(run, t)
-        volume, affine = run.volume(t), run.layout.affine
-        name = f"volume {t}"
-    else:
-        t = None
-        try:
-            volume, affine = read_volume(Path(settings.reference))
-        except InputError as error:
-            raise InputError(f"{run.run}: reference {error}") from error
-        name = settings.reference
-    own_grid = bool(
-        volume.shape == run.voxels.shape[1:] and np.array_equal(affine, run.layout.affine)
-    )
-    return Target(_prepared(run, (volume, affine, name), settings, own_grid), t, own_grid)
+    t = run.n_dummy
+    if settings.reference == "middle":
+        t += (run.n_volumes - t) // 2
+    t = _next_with_signal(run, t)
+    return Target(_prepared(run, run.volume(t), f"volume {t}", settings), t)
+
+
+def with_space(run: StagedRun, target: Target, settings: RealignSettings) -> Target:
+    """The target whose volumes end in the space of the file that the settings name.
+
+    Raises
+    ------
+    InputError
+        If the file is not a volume, shows no head, or the run's volume is not found in it.
+    """
+    own = target.reference
+    try:
+        volume, affine = read_volume(Path(settings.reference))
+        volume, _ = fill_missing(volume)
+        placed = place_volume((own.volume, own.affine), (volume, affine), own.basis)
+    except (InputError, EmptyVolumeError) as error:
+        raise InputError(f"{run.run}: reference {settings.reference}: {error}") from error
+    least = settings.estimate.min_overlap
+    if placed.correlation < _LEAST_CORRELATION or placed.overlap < least:
+        raise InputError(
+            f"{run.run}: not found in reference {settings.reference}: overlap "
+            f"{placed.overlap:.0%} (needs {least:.0%}), correlation {placed.correlation:.2f} "
+            f"(needs {_LEAST_CORRELATION}); check its position, or choose another reference"
+        )
+    return replace(target, space=Space(volume, affine, placed.volume_from_image))
 
 
 def _next_with_signal(run: StagedRun, first: int) -> int:
@@ -238,13 +281,11 @@ def lowest_motion_target(
     others = places[_steady(run, estimates)]
     far_mm = [np.sqrt(((others - places[t]) ** 2).sum(axis=1)).mean() for t in candidates]
     t = candidates[int(np.argmin(far_mm))]
-    source = run.volume(t), run.layout.affine, f"volume {t}"
-    return Target(_prepared(run, source, settings, own_grid=True), t)
+    return Target(_prepared(run, run.volume(t), f"volume {t}", settings), t)
 
 
 def _made_target(run: StagedRun, volume: NDArray[np.float32], settings: RealignSettings) -> Target:
-    source = volume, run.layout.affine, f"the {settings.reference} volume"
-    return Target(_prepared(run, source, settings, own_grid=True), None)
+    return Target(_prepared(run, volume, f"the {settings.reference} volume", settings), None)
 
 
 def _steady(run: StagedRun, estimates: list[Estimate]) -> list[int]:
@@ -357,6 +398,9 @@ def finish_volumes(
     if target.volume is not None:
         still = worker.last_step(target.volume, _AT_REST, model)
         own_pose = geometry.inverse(still.moving_from_reference)
+    if task.settings.reslice:
+        n_bytes = 4 * int(np.prod(target.grid[0])) * run.n_volumes
+        enlarge_staged(run.realigned_path, n_bytes, run.run)
     handle = os.open(run.realigned_path, os.O_RDWR)
 
     def finish(t: int) -> Estimate:
@@ -376,15 +420,12 @@ def open_realigned(run: StagedRun, shape: tuple[int, ...]) -> NDArray[np.float32
 
 
 def _prepared(
-    run: StagedRun,
-    source: tuple[NDArray[np.float32], NDArray[np.float64], str],
-    settings: RealignSettings,
-    own_grid: bool,
+    run: StagedRun, volume: NDArray[np.float32], name: str, settings: RealignSettings
 ) -> Reference:
-    volume, affine, name = source
-    acquisition = Acquisition(settings.in_plane, run.ghost_axis if own_grid else None)
+    acquisition = Acquisition(settings.in_plane, run.ghost_axis)
     try:
         volume, missing = fill_missing(volume)
+        affine = run.layout.affine
         return prepare_reference(volume, affine, settings.estimate, acquisition, missing)
     except EmptyVolumeError as error:
         raise InputError(f"{run.run}: {name}: {error}; choose another reference") from error
@@ -397,11 +438,10 @@ class _Worker:
         run, target = task.run, task.target
         self._run, self._target, self._settings = run, target, task.settings
         self._affine, self._reference = run.layout.affine, target.reference
-        whole = target.reference.volume if target.own_grid else self._volume(run.n_dummy)
-        self._slice_means = slice_means(whole)
+        self._slice_means = slice_means(target.reference.volume)
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._wide: list[WideLevel] | None = None
+        self._wide: Wide | None = None
         self.missing: NDArray[np.bool_] | None = None
         self.n_missing = 0
 
@@ -420,7 +460,7 @@ class _Worker:
         first = estimate_motion(moving, self._affine, self._reference, settings)
         if not wants_wide_start(first, self._reference):
             return first
-        start = wide_start(moving.volume, self._affine, self._reference, self._wide_levels())
+        start = wide_start(moving.volume, self._affine, self._wide_reference())
         if start is None:
             return first
         return better(
@@ -459,6 +499,8 @@ class _Worker:
             last = self._after_last_step(t, moving, estimate, model)
             pose = geometry.compose(last.moving_from_reference, own_pose)
             estimate = replace(last, moving_from_reference=pose)
+        if self._target.space:
+            estimate = _from_space(estimate, self._target.space)
         if self._settings.reslice:
             out = self._reslice(volume, moving, estimate)
             os.pwrite(handle, out.data, t * out.nbytes)
@@ -478,11 +520,14 @@ class _Worker:
         degree = self._settings.estimate.degree
         return prepare_moving(filled(volume, lost), degree, coefficients, lost)
 
-    def _wide_levels(self) -> list[WideLevel]:
+    def _wide_reference(self) -> Wide:
         """What wide starts go by; no volume of an ordinary run asks for it."""
         with self._lock:
             if self._wide is None:
-                self._wide = prepare_wide_levels(self._reference)
+                reference = self._reference
+                self._wide = prepare_wide(
+                    reference.volume, reference.affine, reference.centre_mm, reference.basis
+                )
             return self._wide
 
     def _note_missing(self, missing: NDArray[np.bool_]) -> None:
@@ -494,16 +539,16 @@ class _Worker:
         self, volume: NDArray[np.float32], moving: Moving, estimate: Estimate
     ) -> NDArray[np.float32]:
         settings = self._settings
-        if estimate.status == "reference":
+        if estimate.status == "reference" and not self._target.space:
             return np.maximum(volume, np.float32(0)) if settings.non_negative else volume
         _, out = self._work_space()
         degree = settings.interpolation_degree
         if degree != moving.degree or moving.lost_slices.size:
             moving = prepare_moving(volume, degree, moving.coefficients)
-        matrix = estimate.moving_from_reference
-        reslice_volume(out, moving, self._affine, matrix, self._reference.affine)
+        matrix, affine = estimate.moving_from_reference, self._target.grid[1]
+        reslice_volume(out, moving, self._affine, matrix, affine)
         if settings.outside == "nearest":
-            extend_volume(out, moving, self._affine, matrix, self._reference.affine)
+            extend_volume(out, moving, self._affine, matrix, affine)
         if settings.non_negative:
             np.maximum(out, np.float32(0), out=out)
         return out
@@ -511,10 +556,20 @@ class _Worker:
     def _work_space(self) -> tuple[Coefficients, NDArray[np.float32]]:
         if not hasattr(self._local, "space"):
             nz, ny, nx = self._run.voxels.shape[1:]
-            out = np.empty(self._reference.volume.shape, np.float32)
+            out = np.empty(self._target.grid[0], np.float32)
             self._local.space = Coefficients((nz, ny, nx)), out
         space: tuple[Coefficients, NDArray[np.float32]] = self._local.space
         return space
+
+
+def _from_space(estimate: Estimate, space: Space) -> Estimate:
+    """An estimate against the run's own reference, expressed in the space where it ends."""
+    to_space = geometry.inverse(space.reference_from_space)[:3, :3]
+    turn = np.zeros((6, 6))
+    turn[:3, :3] = turn[3:, 3:] = to_space
+    covariance = product(product(turn, estimate.covariance), np.ascontiguousarray(turn.T))
+    matrix = geometry.compose(estimate.moving_from_reference, space.reference_from_space)
+    return replace(estimate, moving_from_reference=matrix, covariance=covariance)
 
 
 def _as_array(slices: tuple[int, ...]) -> NDArray[np.int64]:

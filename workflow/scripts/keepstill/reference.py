@@ -259,34 +259,36 @@ def thinned(
 
 @dataclass(frozen=True)
 class WideLevel:
-    """Sampling points of a strongly low-passed reference, in and around the head.
+    """Sampling points of a low-passed image, in and around the head.
 
     Attributes
     ----------
-    fwhm_mm : float
     level : Level
     affine : (4, 4) float64
-        World mm from voxel of the thinned grid that the points are on.
+        World mm from voxel of the grid that the points are on.
     variance : float
         Of the values at the points.
     """
 
-    fwhm_mm: float
     level: Level
     affine: NDArray[np.float64]
     variance: float
 
 
-def prepare_wide(reference: Reference, fwhm_mm: float) -> WideLevel:
-    """What a start far away goes by: the reference, low-passed, without a ghost."""
-    volume, affine = thinned(reference.volume, reference.affine, fwhm_mm)
-    rim = round(0.5 * fwhm_mm / float(geometry.voxel_sizes_mm(affine).min()))
-    rows = _rows(head_mask(volume, rim))
+def wide_level(
+    image: tuple[Volume, NDArray[np.float64]],
+    mask: NDArray[np.bool_],
+    centre_mm: NDArray[np.float64],
+    rough: bool = True,
+) -> WideLevel:
+    """Sampling points of a low-passed image with its affine, in a mask, without a ghost."""
+    volume, affine = image
     images = Images(volume, world_gradient(volume, affine), np.zeros_like(volume))
-    points = _points(rows, (images, images), affine, reference.centre_mm)
-    mean = float(points.values.mean(dtype=np.float64))
-    level = _level(points, np.array([0, len(rows)]), mean, inset_voxels=0.0, rough=True)
-    return WideLevel(fwhm_mm, level, affine, float(points.values.var(dtype=np.float64)))
+    rows = _rows(mask)
+    points = _points(rows, (images, images), affine, centre_mm)
+    size = float(np.abs(points.values).mean(dtype=np.float64))
+    level = _level(points, np.array([0, len(rows)]), size, inset_voxels=0.0, rough=rough)
+    return WideLevel(level, affine, float(points.values.var(dtype=np.float64)))
 
 
 def _ghost(volume: Volume, axis: int | None) -> Volume:

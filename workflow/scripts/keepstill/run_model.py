@@ -126,7 +126,7 @@ def fitted_to(
     return Fitted(residuals, np.array(slots, np.int64), np.array(spans), np.array(kept), phases)
 
 
-def fit_run_model(reference: Reference, fitted: Fitted, own_grid: bool, team: Team) -> RunModel:
+def fit_run_model(reference: Reference, fitted: Fitted, team: Team) -> RunModel:
     """Fit what stays with the scanner, and aliasing, to some volumes of a run.
 
     Parameters
@@ -135,11 +135,9 @@ def fit_run_model(reference: Reference, fitted: Fitted, own_grid: bool, team: Te
     fitted : Fitted
         Residuals at the points of the reference's last level; what stays with the scanner is taken
         off them.
-    own_grid : bool
-        Whether the reference has the run's grid: a position in the scanner, too.
     team : Team
     """
-    effects = fit_scanner_effects(reference, fitted, team) if own_grid else NO_EFFECTS
+    effects = fit_scanner_effects(reference, fitted, team)
     fields, freedom = _fit_fields(reference, fitted, team)
     return RunModel(fields, effects, freedom / len(fitted.slots))
 

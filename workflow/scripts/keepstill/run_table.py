@@ -10,7 +10,7 @@ from keepstill.bids import BOLD_EXTENSIONS, Run, sidecar_beside
 from keepstill.errors import InputError
 
 TABLE_ENDING = ".tsv"
-COLUMNS = ("path", "subject", "session", "task", "run", "echo", "json")
+COLUMNS = ("path", "subject", "session", "task", "run", "echo", "json", "sbref")
 REQUIRED = COLUMNS[:2]
 # Column -> entity, in the order of a BIDS name.
 ENTITIES = {"subject": "sub", "session": "ses", "task": "task", "run": "run", "echo": "echo"}
@@ -106,7 +106,8 @@ def _run(cells: Mapping[str, str], folder: Path) -> Run:
         raise InputError(f"{source} found; needs a .nii or .nii.gz file")
     sidecar = _existing(cells["json"], folder) if "json" in cells else sidecar_beside(source)
     name = "_".join(f"{entity}-{label}" for entity, label in entities.items())
-    return Run(name, source, entities["sub"], entities.get("ses"), entities, sidecar)
+    sbref = _existing(cells["sbref"], folder) if "sbref" in cells else None
+    return Run(name, source, entities["sub"], entities.get("ses"), entities, sidecar, sbref=sbref)
 
 
 def _label(cell: str, column: str, entity: str) -> str:

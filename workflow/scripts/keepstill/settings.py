@@ -1,7 +1,8 @@
 """Settings as frozen values: what a user may choose, checked once at the border."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from keepstill.errors import SettingsError
@@ -11,6 +12,9 @@ FD_FILTERS = ("none", "notch", "lowpass")
 
 # On what the motion of a multi-echo run is estimated, if not on an echo by its number.
 SHORTEST, ALL_MEAN = "shortest", "all-mean"
+
+# A reference that is another file for each run; it is resolved to that file's path.
+SBREF = "sbref"
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class RealignSettings:
     Attributes
     ----------
     reference : str
-        ``first``, ``middle``, ``mean``, ``median``, ``lowest-motion`` or the path of a 3-D NIfTI
-        file.
+        ``first``, ``middle``, ``mean``, ``median``, ``lowest-motion``, ``sbref`` or the path of
+        a 3-D NIfTI file.
     interpolation_degree : int
         Degree of the B-spline that reslices, 1 to 5.
     outside : str
@@ -201,6 +205,13 @@ def _check_fd_filter(settings: RealignSettings) -> None:
             f"fd_lowpass_per_min: {settings.fd_lowpass_per_min:g} found; needs cycles a minute, "
             "above 0"
         )
+
+
+def with_sbref(settings: RealignSettings, sbref: Path | None) -> RealignSettings:
+    """Settings that name a run's single-band reference by its path, if they ask for it."""
+    if settings.reference != SBREF or sbref is None:
+        return settings
+    return replace(settings, reference=str(sbref.absolute()))
 
 
 def _refuse_unknown(kind: type, values: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ from keepstill.nifti import (
     check_units,
     parse_layout,
 )
-from keepstill.settings import RealignSettings
+from keepstill.settings import SBREF, RealignSettings
 from keepstill.survey import check_signal, count_dummies
 
 STAGED = "staged.json"
@@ -99,6 +99,12 @@ def stage_run(
     """
     source = Path(os.path.abspath(source))
     origin = origin or Origin()
+    if settings.reference == SBREF:  # none was found
+        name = f"{source.name.removesuffix('.gz').removesuffix('.nii').removesuffix('_bold')}_sbref"
+        raise InputError(
+            f"{run}: no {name}.nii[.gz] beside {source.name}; add it, name it in a table of runs, "
+            "or choose another reference"
+        )
     stage_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     metadata = origin.metadata(source, run)
     stamp = _checked_stamp(source, run)

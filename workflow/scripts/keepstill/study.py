@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from keepstill.bids import Run, Sidecars, filter_runs, index_runs, lone_metadata, run_file
+from keepstill.bids import (
+    Run,
+    Sidecars,
+    filter_runs,
+    find_sbref,
+    index_runs,
+    lone_metadata,
+    run_file,
+)
 from keepstill.config import Config, effective_config, filters_of, run_table_of, settings_of
 from keepstill.errors import InputError, counted
 from keepstill.files import claim_output_dir, refuse_foreign_data_set, why_no_room
@@ -25,7 +33,7 @@ from keepstill.mean_echo import joint_sha256
 from keepstill.misnamed import NONE_MISNAMED, Misnamed
 from keepstill.multi_echo import with_leaders
 from keepstill.run_table import read_run_table
-from keepstill.settings import RealignSettings
+from keepstill.settings import SBREF, RealignSettings, with_sbref
 from keepstill.stage import (
     claim_stage_root,
     hold_stage_dir,
@@ -146,6 +154,16 @@ class Study:
         path = truth_path(self.bids_dir, run_file(self.runs[run]))
         return ["--truth", str(path)] if path.is_file() else []
 
+    def settings_of(self, name: str) -> RealignSettings:
+        """A run's settings: a single-band reference is its own; without one, stage says so.
+
+        An echo's are those of the run whose motion it has.
+        """
+        if self.settings.reference != SBREF:
+            return self.settings
+        run = self.runs[self.moved_by(name)]
+        return with_sbref(self.settings, run.sbref or find_sbref(run.source))
+
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""
         leader = self.runs[run].leader
@@ -167,7 +185,7 @@ class Study:
         if len(known) < len(hashes):
             return None
         sha256 = joint_sha256(known) if self.runs[run].mean_of else known[0]
-        return run_key(sha256, metadata, self.settings)
+        return run_key(sha256, metadata, self.settings_of(run))
 
     def _echo_key(self, echo: str, metadata: Mapping[str, Any]) -> str | None:
         """Key of an echo, as its input and its leader's are now; None if one cannot be read."""
@@ -180,7 +198,7 @@ class Study:
         input_sha256 = known_sha256(self.output_dir, echo, self.runs[echo].source)
         if leader_key is None or input_sha256 is None:
             return None
-        return run_key(input_sha256, metadata, self.settings, leader_key)
+        return run_key(input_sha256, metadata, self.settings_of(echo), leader_key)
 
     @property
     def n_runs(self) -> int:

@@ -45,5 +45,5 @@ def _model(moving: Moving, reference: Reference) -> RunModel:
     residuals, spans = residuals_of(moving, np.eye(4), reference.last, 1.0)
     fitted = fitted_to(reference, residuals[None].copy(), [0], [spans], [np.eye(4)])
     team = Team(range(len(reference.blocks) - 1), 1, lambda value: [value])
-    model = fit_run_model(reference, fitted, True, team)
+    model = fit_run_model(reference, fitted, team)
     return replace(model, effects=ScannerEffects(np.full((4, 4), 1e-9), 1e-9))

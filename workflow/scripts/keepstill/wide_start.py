@@ -6,13 +6,16 @@ fitted from several attitudes; the best goes on at narrower widths. It is decide
 its own cost: nothing is taken from its neighbours.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
 from keepstill.estimate import Estimate, Fit, frames_of, iterate
+from keepstill.masks import head_mask
 from keepstill.moving import Coefficients, prepare_moving
-from keepstill.reference import Reference, WideLevel, prepare_wide, thinned
+from keepstill.reference import Reference, WideLevel, thinned, wide_level
 
 Matrix = NDArray[np.float64]
 
@@ -36,17 +39,37 @@ def wants_wide_start(estimate: Estimate, reference: Reference) -> bool:
     return estimate.status == "failed" or poor
 
 
-def prepare_wide_levels(reference: Reference) -> list[WideLevel]:
-    """What wide starts go by, widest first."""
-    return [prepare_wide(reference, width) for width in _WIDTHS_MM]
+class Wide(NamedTuple):
+    """What wide starts go by.
+
+    Attributes
+    ----------
+    levels : list of WideLevel
+        One for each low-pass, widest first.
+    centre_mm : (3,) float64
+        World point that steps turn about.
+    basis : (8, m) float64
+        Steps that are allowed, as `Reference.basis`.
+    """
+
+    levels: list[WideLevel]
+    centre_mm: NDArray[np.float64]
+    basis: Matrix
 
 
-def wide_start(
-    volume: NDArray[np.float32],
-    moving_affine: Matrix,
-    reference: Reference,
-    levels: list[WideLevel],
-) -> Fit | None:
+def prepare_wide(
+    volume: NDArray[np.float32], affine: Matrix, centre_mm: NDArray[np.float64], basis: Matrix
+) -> Wide:
+    """What wide starts against a (nz, ny, nx) volume with its (4, 4) affine go by."""
+    levels = []
+    for width_mm in _WIDTHS_MM:
+        low, low_affine = thinned(volume, affine, width_mm)
+        rim = round(0.5 * width_mm / float(geometry.voxel_sizes_mm(low_affine).min()))
+        levels.append(wide_level((low, low_affine), head_mask(low, rim), centre_mm))
+    return Wide(levels, centre_mm, basis)
+
+
+def wide_start(volume: NDArray[np.float32], moving_affine: Matrix, wide: Wide) -> Fit | None:
     """Where a fit of a volume that is far away may start; None if nothing is found.
 
     Parameters
@@ -55,17 +78,16 @@ def wide_start(
         Finite voxels; never modified.
     moving_affine : (4, 4) float64
         World mm from voxel of the volume.
-    reference : Reference
-    levels : list of WideLevel
-        `prepare_wide_levels` of the reference.
+    wide : Wide
+        `prepare_wide` of the reference.
     """
-    fits = [Fit(attitude) for attitude in _attitudes(reference.basis)]
-    for wide in levels:
-        low, affine = thinned(volume, moving_affine, wide.fwhm_mm)
+    fits = [Fit(attitude) for attitude in _attitudes(wide.basis)]
+    for level, width_mm in zip(wide.levels, _WIDTHS_MM, strict=True):
+        low, affine = thinned(volume, moving_affine, width_mm)
         moving = prepare_moving(low, _DEGREE, Coefficients(low.shape))
-        frames = *frames_of(affine, wide.affine, reference.centre_mm), reference.basis
+        frames = *frames_of(affine, level.affine, wide.centre_mm), wide.basis
         for fit in fits:
-            iterate(fit, wide.level, moving, frames, (_TOLERANCE_MM, _MOST_STEPS))
+            iterate(fit, level.level, moving, frames, (_TOLERANCE_MM, _MOST_STEPS))
         kept = [fit for fit in fits if not fit.lost]
         if not kept:
             return None

@@ -15,6 +15,7 @@ from keepstill.bids import file_run
 from keepstill.echoes import Echo, realign_echo
 from keepstill.errors import InputError
 from keepstill.mean_echo import stage_mean
+from keepstill.preflight import COMPRESSED, study_needs
 from keepstill.read import open_staged
 from keepstill.settings import RealignSettings
 from keepstill.stage import Origin
@@ -253,6 +254,22 @@ def test_a_lost_file_redoes_what_made_it(done):
     assert study().make_plan() == ((LEADER,), (), False, ())
     (folder / f"{LEADER}_echo-1_desc-hmc_bold.nii.gz").unlink()
     assert study().make_plan() == ((LEADER,), (), False, (f"{LEADER}_echo-1",))
+
+
+def test_what_a_run_and_its_echoes_will_take(done):
+    """The series are the echoes' to write; a mean needs room for one of them, and for itself."""
+    study, _, estimate_echo = done
+    names = [f"{LEADER}_echo-{number}" for number in (1, 2, 3)]
+    shared = study_needs(study(), [LEADER])
+    each = study_needs(study(), names[:1])
+    whole = study_needs(study(), [LEADER, *names])
+    n_voxels = 20 * 22 * 14 * 5
+    assert each.output_bytes == pytest.approx(COMPRESSED * 4 * n_voxels)
+    assert whole.output_bytes == pytest.approx(shared.output_bytes + 3 * each.output_bytes)
+    assert whole.cpu_s == pytest.approx(shared.cpu_s + 3 * each.cpu_s)
+    staged = (2 + 4) * n_voxels + 352
+    extra = staged if estimate_echo == "all-mean" else 0
+    assert whole.lane_bytes == pytest.approx(staged + extra, rel=1e-3)
 
 
 def test_three_real_echoes(tmp_path):

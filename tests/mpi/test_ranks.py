@@ -79,6 +79,24 @@ def test_reslicing_options_have_same_bytes_for_any_ranks_and_threads(options, tm
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("estimate_echo", ["shortest", "all-mean"])
+def test_echoes_have_same_bytes_for_any_ranks_and_threads(estimate_echo, tmp_path):
+    """Three echoes on two ranks, so that one has two of them."""
+    paths = [tmp_path / "in" / f"sub-1_task-x_echo-{echo}_bold.nii.gz" for echo in (1, 2, 3)]
+    for seed, path in enumerate(paths):
+        runs.write_run(path, runs.ball_run(13, seed=seed) // (seed + 1))
+    found = []
+    for ranks, threads in [(1, 2), (2, 1)]:
+        out = tmp_path / f"out-{ranks}"
+        options = ("--out", out, "--threads", threads, "--estimate-echo", estimate_echo)
+        done = call(["realign", *paths, *options], ranks)
+        assert done.returncode == 0, done.stderr
+        told = [line.split(":")[0] for line in done.stdout.splitlines()]
+        assert told == ["sub-1_task-x", *(f"sub-1_task-x_echo-{echo}" for echo in (1, 2, 3))]
+        found.append(runs.digests(out))
+    assert found[0] == found[1] and len(found[0]) == 2 * 10 + 4
+
+
 def test_real_run_has_same_bytes_on_two_ranks(study, tmp_path):
     source = study / "sub-03" / "func" / "sub-03_task-rest_bold.nii.gz"
     for ranks in (1, 2):

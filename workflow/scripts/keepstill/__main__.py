@@ -381,7 +381,7 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     from keepstill.bids import find_sbref
     from keepstill.collect import collect_run, summary_line
     from keepstill.multi_echo import runs_of_files
-    from keepstill.ranks import n_threads_of, on_first, realign_staged, share
+    from keepstill.ranks import n_threads_of, on_first, realign_staged, share, together_all
     from keepstill.read import open_staged
     from keepstill.realign import Crew
 
@@ -400,7 +400,9 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
         summary = on_first(world, lambda: collect_run(stage_dir, args.out, settings, n_threads))
         if settings.reslice:
             work = _echo_work(args, stage_dir, settings, n_threads)
-            lines = on_first(world, lambda: [work(echo) for echo in echoes])
+            mine = echoes[world.rank :: world.size]
+            shares = together_all(world, lambda: [(echo.name, work(echo)) for echo in mine])
+            lines = [line for _, line in sorted(pair for share_ in shares for pair in share_)]
     if world.rank == 0:
         seconds = time.perf_counter() - began_s
         print(f"{summary_line(run, summary)} ({seconds:.1f} s, in {args.out})")

@@ -110,24 +110,31 @@ def reslice_echo(
         )
     folder = output_dir / PurePosixPath(run.found["folder"])
     work = _prepared(run, folder, leader, settings)
-    path = folder / output_name(run.run, "bold", settings)
     with as_output_error(run.run, output_dir):
         remove_parts(folder, run.run)
         if run.found["folder"]:
             describe_dataset(output_dir, run.found["bids_dir"])
-        outdated = withdraw_manifest(output_dir, run.run, is_echo=True)
-        written = {path, sidecar_beside(path)}
-        try:
-            _write(work, path, n_threads)
-            write.put_json(sidecar_beside(path), _sidecar(work, leader, folder, output_dir))
-            _complete(work, output_dir, sorted(written), led_by["key"])
-        except BaseException:
-            outdated, written = outdated | written, set()  # a part would pass for the whole
-            raise
-        finally:
-            for old in outdated - written:
-                old.unlink(missing_ok=True)  # made by other settings, and no longer true
+        _write_all(work, output_dir, (leader, led_by["key"]), n_threads)
     return run.n_volumes
+
+
+def _write_all(work: Work, output_dir: Path, leader: tuple[str, str], n_threads: int) -> None:
+    """Write the echo, its sidecar and its manifest; `leader` is its leader's name and key."""
+    name, key = leader
+    folder = output_dir / PurePosixPath(work.run.found["folder"])
+    path = folder / output_name(work.run.run, "bold", work.settings)
+    outdated = withdraw_manifest(output_dir, work.run.run, is_echo=True)
+    written = {path, sidecar_beside(path)}
+    try:
+        _write(work, path, n_threads)
+        write.put_json(sidecar_beside(path), _sidecar(work, name, folder, output_dir))
+        _complete(work, output_dir, sorted(written), key)
+    except BaseException:
+        outdated, written = outdated | written, set()  # a part would pass for the whole
+        raise
+    finally:
+        for old in outdated - written:
+            old.unlink(missing_ok=True)  # made by other settings, and no longer true
 
 
 def _prepared(run: StagedRun, folder: Path, leader: str, settings: RealignSettings) -> Work:

@@ -1,11 +1,13 @@
 """Staging the mean of a run's echoes, on which motion can be estimated instead of on one."""
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,33 +45,46 @@ def stage_mean(
     StageError
         If there is no room.
     """
-    others = replace(settings, reference="first", reslice=False)
-    others = replace(others, estimate=replace(settings.estimate, model_volumes=0))
     (first, source), *rest = echoes.items()
     stage_run(source, run, origin, stage_dir, settings)
     staged = open_staged(stage_dir)
-    inputs = {first: staged.found["input"]}
-    mean = _make_mean(staged)
+    mean, inputs = _make_mean(staged), {first: staged.found["input"]}
     for name, path in rest:
-        try:
-            stage_run(path, name, origin, stage_dir / _ECHO, others)
-            echo = open_staged(stage_dir / _ECHO)
+        with _staged_echo((name, path), origin, stage_dir / _ECHO, settings) as echo:
             _refuse_other_grid(staged, echo)
             for t in range(staged.n_volumes):
                 mean[t] += echo.volume(t)
             inputs[name] = echo.found["input"]
-        finally:
-            remove_stage(stage_dir / _ECHO)
     for t in range(staged.n_volumes):
         mean[t] /= np.float32(len(echoes))
     voxels_dir = Path(staged.found["voxels_dir"])
     os.replace(voxels_dir / _MEAN, voxels_dir / STAGED_VOXELS)
-    hashes = [entry["sha256"] for entry in inputs.values()]
-    n_bytes = sum(entry["bytes"] for entry in inputs.values())
-    joint = {"sha256": joint_sha256(hashes), "bytes": n_bytes, "parts": inputs}
     sources = [os.path.abspath(path) for path in echoes.values()]
-    found = staged.found | {"input": joint, "sources": sources}
+    found = staged.found | {"input": _joint(inputs), "sources": sources}
     put_staged(stage_dir / STAGED, json.dumps(found).encode(), run)
+
+
+@contextlib.contextmanager
+def _staged_echo(
+    named: tuple[str, Path], origin: Origin, stage_dir: Path, settings: RealignSettings
+) -> Iterator[StagedRun]:
+    """One more echo, staged meanwhile, without room for results."""
+    plain = replace(settings, reference="first", reslice=False)
+    plain = replace(plain, estimate=replace(settings.estimate, model_volumes=0))
+    try:
+        stage_run(named[1], named[0], origin, stage_dir, plain)
+        yield open_staged(stage_dir)
+    finally:
+        remove_stage(stage_dir)
+
+
+def _joint(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What staging says of an input that is several files."""
+    return {
+        "sha256": joint_sha256([entry["sha256"] for entry in inputs.values()]),
+        "bytes": sum(entry["bytes"] for entry in inputs.values()),
+        "parts": dict(inputs),
+    }
 
 
 def joint_sha256(hashes: Sequence[str]) -> str:

@@ -168,6 +168,7 @@ def _fit_fields(
         return work.gathered(), work.freedom(first)
     all_of_them = _Chosen.of(reference, fitted, 1)
     work.change(first, own, refit=True)
+    first.factors.clear()  # as large as those of all volumes, and no longer needed
     steps += work.change(all_of_them, steps, refit=False)
     steps[::step] = own
     steps += work.change(all_of_them, steps, refit=True)

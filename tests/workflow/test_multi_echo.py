@@ -94,7 +94,10 @@ def test_command_line_makes_the_same_bytes(place: Path) -> None:
 
 
 def test_all_echoes_end_in_the_shortest_ones_sbref(place: Path) -> None:
-    """Where it truly lies: off by 0.13 to 0.18 mm, where it moved by 0.4; and again there is nothing to do."""
+    """Where that truly lies: off by 0.13 to 0.18 mm, where it moved by 0.4.
+
+    Called again, there is nothing to do.
+    """
     name, config = NAMES[0], ("output_dir=sbref", "reference=sbref", "sessions=[01]")
     lines = call(place, *config)
     assert lines[0] == "keepstill: 1 run found, 0 complete, 1 to do, 2 of their echoes to reslice"

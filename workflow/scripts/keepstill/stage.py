@@ -99,12 +99,7 @@ def stage_run(
     """
     source = Path(os.path.abspath(source))
     origin = origin or Origin()
-    if settings.reference == SBREF:  # none was found
-        name = f"{source.name.removesuffix('.gz').removesuffix('.nii').removesuffix('_bold')}_sbref"
-        raise InputError(
-            f"{run}: no {name}.nii[.gz] beside {source.name}; add it, name it in a table of runs, "
-            "or choose another reference"
-        )
+    _refuse_without_sbref(source, run, settings)
     stage_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     metadata = origin.metadata(source, run)
     stamp = _checked_stamp(source, run)
@@ -133,6 +128,16 @@ def stage_run(
     known["input"] = {"sha256": chunks.sha256(), "bytes": stamp.bytes, "stamp": asdict(stamp)}
     found = _identity(source, run, origin) | known
     put_staged(stage_dir / STAGED, json.dumps(found).encode(), run)
+
+
+def _refuse_without_sbref(source: Path, run: str, settings: RealignSettings) -> None:
+    """Refuse a run whose single-band reference is wanted and was not found."""
+    if settings.reference == SBREF:
+        name = f"{source.name.removesuffix('.gz').removesuffix('.nii').removesuffix('_bold')}_sbref"
+        raise InputError(
+            f"{run}: no {name}.nii[.gz] beside {source.name}; add it, name it in a table of runs, "
+            "or choose another reference"
+        )
 
 
 def _identity(source: Path, run: str, origin: Origin) -> dict[str, Any]:

@@ -396,7 +396,7 @@ def test_the_launcher_is_the_profile_s(
         ("participant=01", "config: 'participant' is unknown; did you mean participants?"),
         ("interpolation_degree=7", "config: interpolation_degree: 7 found; needs a whole number"),
         ("participants=[09]", "participants: no run has 09"),
-        ("reference=nowhere.nii", "needs first, middle, mean or an existing file"),
+        ("reference=nowhere.nii", "lowest-motion, sbref or an existing file"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(fresh: Place, config: str, words: str) -> None:

@@ -1,7 +1,5 @@
 """Transforms of other tools, against nitransforms and scipy, and by what they say of each other."""
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,35 +72,41 @@ def test_fsl_and_spm_say_the_same(tmp_path_factory, seed, axes):
 
 
 def refused(path, words):
-    with pytest.raises(InputError, match=re.escape(words)) as caught:
+    """Whether a file is refused in one line that names it and says so."""
+    with pytest.raises(InputError) as caught:
         read_any(path, space_of(GRIDS[0]))
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    said = str(caught.value)
+    return words in said and str(path) in said and "\n" not in said
 
 
 def test_what_is_no_file_of_transforms_is_refused_in_words(tmp_path):
-    refused(tmp_path / "none.txt", "not readable (No such file or directory)")
-    refused(put_rows(tmp_path / "a.1D", np.zeros((5, 6))), "do not say what they turn about")
-    refused(put_rows(tmp_path / "a.txt", np.zeros((5, 6))), "unknown kind of transforms; needs ITK")
-    refused(put_rows(tmp_path / "a.par", np.ones((5, 6))), "no row of zeros")
-    refused(put_rows(tmp_path / "rp_a.txt", np.zeros((5, 7))), "7 columns in row 1; needs 6")
-    refused(put_rows(tmp_path / "rp_b.txt", np.zeros((4, 6))), "4 transforms found, the run has 5")
+    assert refused(tmp_path / "none.txt", "not readable (No such file or directory)")
+    assert refused(put_rows(tmp_path / "a.1D", np.zeros((5, 6))), "do not say what they turn about")
+    assert refused(
+        put_rows(tmp_path / "a.txt", np.zeros((5, 6))), "unknown kind of transforms; needs ITK"
+    )
+    assert refused(put_rows(tmp_path / "a.par", np.ones((5, 6))), "no row of zeros")
+    assert refused(put_rows(tmp_path / "rp_a.txt", np.zeros((5, 7))), "7 columns in row 1; needs 6")
+    assert refused(
+        put_rows(tmp_path / "rp_b.txt", np.zeros((4, 6))), "4 transforms found, the run has 5"
+    )
     odd = put_rows(tmp_path / "a.aff12.1D", np.tile(3.0 * np.eye(4)[:3].ravel(), (5, 1)))
-    refused(odd, "volume 0 is no motion (determinant 27)")
+    assert refused(odd, "volume 0 is no motion (determinant 27)")
     (tmp_path / "b.par").write_text("0 0 0 0 0 zero\n" * 5)
-    refused(tmp_path / "b.par", "needs numbers")
+    assert refused(tmp_path / "b.par", "needs numbers")
     (tmp_path / "c.lta").write_bytes(b"\xff\xfe\x00")
-    refused(tmp_path / "c.lta", "no text")
+    assert refused(tmp_path / "c.lta", "no text")
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(empty, "a folder without files MAT_0000")
+    assert refused(empty, "a folder without files MAT_0000")
     put_rows(empty / "MAT_0001", np.eye(4))
-    refused(empty, "MAT_0000 is missing")
+    assert refused(empty, "MAT_0000 is missing")
     put_rows(empty / "MAT_0000", np.eye(4)[:2])
-    refused(empty, "2 rows found; needs 4")
+    assert refused(empty, "2 rows found; needs 4")
     text = itk_transforms(poses())
     (tmp_path / "x.txt").write_text(text.replace("AffineTransform_d", "Euler3DTransform_d"))
-    refused(tmp_path / "x.txt", "Euler3DTransform_double_3_3 found")
+    assert refused(tmp_path / "x.txt", "Euler3DTransform_double_3_3 found")
     (tmp_path / "y.txt").write_text(text.replace("Parameters: ", "Parameters: 1 ", 1))
-    refused(tmp_path / "y.txt", "no ITK transforms")
+    assert refused(tmp_path / "y.txt", "no ITK transforms")
     (tmp_path / "z.txt").write_text(text.replace("Parameters: 1.0", "Parameters: nan"))
-    refused(tmp_path / "z.txt", "is no motion")
+    assert refused(tmp_path / "z.txt", "is no motion")

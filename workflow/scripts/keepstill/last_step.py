@@ -99,15 +99,14 @@ def take_last_step(
     model.take_off(residuals, reference, spans, to_moving)
     sums = block_sums(level.points.test_jacobian, residuals, reference.block_ends)
     normal = level.normal - outside_normal(level.points, spans)
-    right = _total(sums[:, :N_COLUMNS])
-    step, regular = allowed_step(normal, right, reference.basis)
+    totals = _total(sums)
+    step, regular = allowed_step(normal, totals[:N_COLUMNS], reference.basis)
     if not regular or geometry.step_size_mm(step[:6, 0]) > _FURTHEST_MM:
         return estimate
-    n_inside = int((spans[:, 1] - spans[:, 0]).sum())
-    squares = float(_total(sums[:, N_COLUMNS:])[0])
-    variance = squares / max(n_inside - N_COLUMNS, 1)
+    n_inside, squares = int(np.diff(spans).sum()), float(totals[N_COLUMNS])
     left = sums[:, :N_COLUMNS] - _predicted(level.block_normals, step)
-    noise, blocks = _covariances(normal, (reference.basis, level.test_normal * variance), left)
+    of_noise = level.test_normal * (squares / max(n_inside - N_COLUMNS, 1))
+    noise, blocks = _covariances(normal, (reference.basis, of_noise), left)
     return replace(
         estimate,
         moving_from_reference=_moved(estimate, step, reference),

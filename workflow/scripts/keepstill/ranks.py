@@ -259,7 +259,7 @@ def _second_target(task: Task, world: Alone | World, crew: Crew) -> Target:
     """The reference of a second pass, which a first one tells."""
     run, first, settings = task.run, task.target, task.settings
     if settings.reference == "lowest-motion":
-        estimates = _estimate_all(task, world, crew)
+        estimates = list(_estimate_all(task, world, crew).estimates.values())
         return together(world, lambda: lowest_motion_target(run, first, estimates, settings))
     plain = replace(settings, reslice=True, outside="zero", non_negative=False)
     found = _realign_all(Task(run, first, plain), world, crew)
@@ -272,21 +272,18 @@ def _second_target(task: Task, world: Alone | World, crew: Crew) -> Target:
     return together(world, lambda: median_target(run, slices, settings))
 
 
-def _estimate_all(task: Task, world: Alone | World, crew: Crew) -> list[Estimate]:
-    """First estimates of all volumes, on all ranks."""
+def _estimate_all(task: Task, world: Alone | World, crew: Crew) -> Part:
+    """What all ranks find of all volumes before the last step, on all ranks."""
     mine = share(task.run.n_volumes, world.size, world.rank)
-    quiet = replace(crew, on_volume=lambda t: None)
-    found = merged(together_all(world, lambda: estimate_volumes(task, mine, quiet)))
-    return list(found.estimates.values())
+    return merged(together_all(world, lambda: estimate_volumes(task, mine, crew)))
 
 
 def _realign_all(task: Task, world: Alone | World, crew: Crew) -> Part:
-    mine = share(task.run.n_volumes, world.size, world.rank)
-    quiet = replace(crew, on_volume=lambda t: None)
-    found = merged(together_all(world, lambda: estimate_volumes(task, mine, quiet)))
+    """Estimate all volumes, fit the run's model, and finish each rank's own."""
+    found = _estimate_all(task, world, crew)
     estimates = list(found.estimates.values())
-    model = _fit_model(task, estimates, world, quiet)
-    own = {t: estimates[t] for t in mine}
+    model = _fit_model(task, estimates, world, crew)
+    own = {t: estimates[t] for t in share(task.run.n_volumes, world.size, world.rank)}
     finished = together_all(world, lambda: finish_volumes(task, own, model, crew))
     return replace(found, estimates={t: e for part in finished for t, e in part.items()})
 

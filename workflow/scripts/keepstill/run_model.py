@@ -35,17 +35,21 @@ from keepstill.kernels.aliasing import (
 from keepstill.kernels.small import product, solution
 from keepstill.kernels.sums import N_COLUMNS, outside_normal
 from keepstill.reference import Reference, block_points, extent_of
-from keepstill.scanner_effects import NO_EFFECTS, ScannerEffects, every, fit_scanner_effects
+from keepstill.scanner_effects import (
+    NO_EFFECTS,
+    ScannerEffects,
+    every,
+    fit_scanner_effects,
+    thinning,
+)
 from keepstill.team import Team
 
 Matrix = NDArray[np.float64]
 
 # Noise variance over that of a wave, as is expected: waves are stronger.
 _RIDGE = 0.5
-# Rounds of fields and steps of the early volumes; with three earlier rounds to go by, more change
-# little. Every third volume is early, if that makes enough of them.
+# Rounds of fields and steps of the early volumes, and how many earlier rounds each goes by.
 _ROUNDS, _MEMORY = 3, 3
-_EARLY_EVERY, _FEWEST_EARLY = 3, 24
 _NO_FACTORS = np.zeros((N_FACTORS, 0), np.float32)
 # Freedom is looked at in one point of so many.
 _POINTS_PER_FREEDOM = 16
@@ -158,7 +162,7 @@ def _fit_fields(
     work = _FieldsWork(reference, team)
     m = len(fitted.slots)
     steps, history = np.zeros((m, N_COLUMNS)), list[tuple[Matrix, Matrix]]()
-    step = _EARLY_EVERY if m >= _EARLY_EVERY * _FEWEST_EARLY else 1
+    step = thinning(m)
     first = _Chosen.of(reference, fitted, step)
     own = np.zeros((len(first.normals), N_COLUMNS))
     for _ in range(_ROUNDS):

@@ -31,7 +31,7 @@ _UNIT_MM, _SHADING_SD, _GHOST_SD = 80.0, 0.1, 0.05
 _SPURIOUS_SD = 0.035
 # A weaker ghost may be none, and moves nothing by a micrometre.
 _LEAST_GHOST = 0.004
-# Every third volume is looked at, if that makes enough of them.
+# Every third volume is enough to begin with, if that makes so many.
 _EVERY, _FEWEST = 3, 24
 # A fit needs this part of the points to be seen by all volumes.
 _LEAST_COMMON = 0.3
@@ -102,7 +102,7 @@ def fit_scanner_effects(reference: Reference, fitted: Fitted, team: Team) -> Sca
         Residuals at the points of the reference's last level; changed in place.
     team : Team
     """
-    some = fitted if len(fitted.slots) < _EVERY * _FEWEST else every(fitted, _EVERY)
+    some = every(fitted, thinning(len(fitted.slots)))
     common = _common_points(reference.last.points, some.spans)
     if common.mean() < _LEAST_COMMON:
         return NO_EFFECTS
@@ -119,6 +119,11 @@ def fit_scanner_effects(reference: Reference, fitted: Fitted, team: Team) -> Sca
     effects = ScannerEffects(shading, ghost)
     _take_off_residuals(effects, reference, fitted, team)
     return effects
+
+
+def thinning(n_volumes: int) -> int:
+    """Every how many of the fitted volumes are enough to begin with: 1 where they are few."""
+    return _EVERY if n_volumes >= _EVERY * _FEWEST else 1
 
 
 def every(fitted: Fitted, step: int) -> Fitted:

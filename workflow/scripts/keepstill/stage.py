@@ -97,8 +97,7 @@ def stage_run(
     StageError
         If there is no room anywhere.
     """
-    source = Path(os.path.abspath(source))
-    origin = origin or Origin()
+    source, origin = Path(os.path.abspath(source)), origin or Origin()
     _refuse_without_sbref(source, run, settings)
     stage_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     metadata = origin.metadata(source, run)
@@ -112,22 +111,33 @@ def stage_run(
     try:
         _write_voxels(chunks, voxels_dir / STAGED_VOXELS, layout, run)
         volumes = map_volumes(voxels_dir / STAGED_VOXELS, layout)
-        warnings += check_signal(volumes, run)
-        n_dummy = _dummy_volumes(volumes, layout, settings, run)
-        tr_s, odd = _repetition_time(layout, metadata, run)
-        check_filter(tr_s, settings, run)
+        seen = _look_over(volumes, layout, metadata, settings, run)
     except BaseException:
         _clear(voxels_dir)
         raise
-    warnings += odd
+    warnings += seen["warnings"]
     for warning in warnings:
         _log.warning("%s", warning)
-    known: dict[str, Any] = {"tr_s": tr_s, "warnings": warnings, "n_dummy": n_dummy}
-    known |= {"metadata": metadata, "affine_source": settings.affine_source}
+    known = seen | {"warnings": warnings, "metadata": metadata}
+    known["affine_source"] = settings.affine_source
     known["voxels_dir"] = str(voxels_dir)
     known["input"] = {"sha256": chunks.sha256(), "bytes": stamp.bytes, "stamp": asdict(stamp)}
-    found = _identity(source, run, origin) | known
-    put_staged(stage_dir / STAGED, json.dumps(found).encode(), run)
+    put_staged(stage_dir / STAGED, json.dumps(_identity(source, run, origin) | known).encode(), run)
+
+
+def _look_over(
+    volumes: NDArray[Any],
+    layout: Layout,
+    metadata: dict[str, Any],
+    settings: RealignSettings,
+    run: str,
+) -> dict[str, Any]:
+    """Repetition time (s), number of dummy volumes and warnings of staged volumes."""
+    warnings = check_signal(volumes, run)
+    n_dummy = _dummy_volumes(volumes, layout, settings, run)
+    tr_s, odd = _repetition_time(layout, metadata, run)
+    check_filter(tr_s, settings, run)
+    return {"tr_s": tr_s, "n_dummy": n_dummy, "warnings": warnings + odd}
 
 
 def _refuse_without_sbref(source: Path, run: str, settings: RealignSettings) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from keepstill import __version__
 from keepstill.files import file_sha256, put_text
-from keepstill.settings import SBREF, RealignSettings
+from keepstill.settings import RealignSettings
 
 PACKAGE = Path(__file__).parent
 # What cannot change a run's files: where and when things run, what is shown, what is shared out.
@@ -28,6 +28,7 @@ WITHOUT_EFFECT = (
         "report",
         "multi_echo",
         "run_table",
+        "scopes",
         "selftest",
         "simulate",
         "start",
@@ -38,8 +39,7 @@ WITHOUT_EFFECT = (
 
 MANIFESTS = "manifests"  # folder below the output directory
 ECHOES = "echoes"  # below that, of the echoes of multi-echo runs
-# Anything else is the path of a file.
-REFERENCES = ("first", "middle", "mean", "median", "lowest-motion")
+SHARED = "references"  # and of what the runs of a session or subject share
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ def manifest_path(output_dir: Path, run: str, *, is_echo: bool = False) -> Path:
     """Where the manifest of a run lies, or of one echo of a multi-echo run."""
     folder = output_dir / MANIFESTS / ECHOES if is_echo else output_dir / MANIFESTS
     return folder / f"{run}.json"
+
+
+def shared_entry(scope: str) -> str:
+    """What stands for a run's name in the manifest of a scope's reference, and in its path."""
+    return f"{SHARED}/{scope}"
 
 
 def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
@@ -218,11 +223,11 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def portable_settings(settings: RealignSettings) -> dict[str, Any]:
-    """Settings with the content of a reference file in the place of its path."""
+    """Settings with the content of the image in the place of its path."""
     values = asdict(settings)
-    if settings.reference not in (*REFERENCES, SBREF):
-        reference = Path(settings.reference)
-        values["reference"] = f"sha256:{_hash_once(reference, stamp_of(reference))}"
+    if settings.image:
+        name = "shared_reference" if settings.shared_reference else "reference"
+        values[name] = f"sha256:{_hash_once(settings.image, stamp_of(settings.image))}"
     return values
 
 

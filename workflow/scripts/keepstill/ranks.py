@@ -4,13 +4,17 @@ Nothing of the series travels between ranks: each maps the staged file, writes i
 their own offsets, and only transforms are gathered.
 """
 
+import fcntl
 import io
 import logging
 import os
 import sys
+import termios
 import time
 import traceback
+from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -53,6 +57,9 @@ _SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
 
 # How long a rank sleeps between two looks at whether the others have come.
 _NAP_S = 0.0005
+
+# How long a rank that crashes waits for the launcher to read its traceback.
+_LAST_WORDS_S = 1.0
 
 T = TypeVar("T")
 
@@ -104,11 +111,25 @@ class World:
         return self._comm.bcast(value)
 
     def abort(self, code: int) -> NoReturn:
-        """End all ranks."""
+        """End all ranks, once the launcher has read what this one said."""
         sys.stdout.flush()
         sys.stderr.flush()
+        _await_reader(sys.stderr.fileno())
         self._comm.Abort(code)
         os._exit(code)  # not reached, but the type checker cannot know
+
+
+def _await_reader(pipe: int) -> None:
+    """Wait until the reader of a pipe has taken what is in it, or a second.
+
+    A launcher that is told to end all ranks drops what it has not read yet.
+    """
+    deadline_s = time.monotonic() + _LAST_WORDS_S
+    unread = array("i", [1])
+    with suppress(OSError):  # not a pipe
+        while unread[0] and time.monotonic() < deadline_s:
+            time.sleep(_NAP_S)
+            fcntl.ioctl(pipe, termios.FIONREAD, unread)
 
 
 def together(world: Alone | World, work: Callable[[], T]) -> T:
@@ -205,7 +226,8 @@ def run_in_world(n_ranks: int | None, work: Callable[[Alone | World], None]) -> 
     except KeyboardInterrupt:
         world.abort(130)
     except Exception:
-        traceback.print_exc()
+        # In one piece: by line, a launcher may hear of the end between two of them.
+        sys.stderr.write(traceback.format_exc())
         world.abort(1)
     return 0
 

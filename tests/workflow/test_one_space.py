@@ -99,7 +99,7 @@ def test_file_names_and_manifests(place: Path) -> None:
         made = {path.name for path in folder_of(out, name).glob(f"{name}_*")}
         bold = {f"{name}_echo-{echo}_desc-hmc_bold.nii.gz" for echo in ECHOES}
         assert {file for file in made if file.endswith("bold.nii.gz")} == bold
-        assert {f"{name}_{XFM}", f"{name}_desc-hmc_boldref.nii.gz"} <= made and len(made) == 20
+        assert {f"{name}_{XFM}", f"{name}_desc-hmc_boldref.nii.gz"} <= made and len(made) == 26
 
 
 def test_results_are_valid_bids(place: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_command_line_makes_the_same_bytes(place: Path, ranks: int, threads:
     environment = os.environ | {"PYTHONPATH": str(CLONE / "workflow" / "scripts")}
     subprocess.run(command, check=True, capture_output=True, env=environment)
     made = sorted(alone.glob("sub-*"))
-    assert len(made) == 20
+    assert len(made) == 26
     for path in made:
         assert path.read_bytes() == (folder_of(place / "out", name) / path.name).read_bytes(), path
 

@@ -137,8 +137,10 @@ def _needs_of(
         lane_bytes = whole.lane_bytes + mean
         return replace(whole, output_bytes=without.output_bytes, lane_bytes=lane_bytes)
     mvoxels = (whole.cpu_s - CPU_S_PER_RUN) / CPU_S_PER_MVOXEL
+    n_voxels = grid_voxels or math.prod(layout.shape[:3])
+    tsnr = n_voxels * BYTES_PER_VOXEL["float32"] * COMPRESSED
     return Needs(
-        output_bytes=whole.output_bytes - without.output_bytes,
+        output_bytes=whole.output_bytes - without.output_bytes + tsnr,
         lane_bytes=without.lane_bytes,
         cpu_s=CPU_S_PER_ECHO + CPU_S_PER_ECHO_MVOXEL * mvoxels,
     )

@@ -23,9 +23,9 @@ PAGE = CLONE / "docs" / "inputs.md"
 HEAD = """\
 # What happens to each kind of input
 
-The rows down to the references were made and staged to write this page, and a test does it again and
-compares; the others have tests of their own. A refused run is one line on the terminal and in its
-log, exit status 2, nothing under a final name, and no harm to the other runs of the study. A
+The rows down to the references were made and staged to write this page, and a test does it again
+and compares; the others have tests of their own. A refused run is one line on the terminal and in
+its log, exit status 2, nothing under a final name, and no harm to the other runs of the study. A
 warning goes to the log, the run's manifest and its page.
 
 | input | what happens | message |

@@ -1,4 +1,4 @@
-"""The command line: realign, apply, plan, config, summary, simulate, selftest, warm."""
+"""The command line: realign, apply, plan, config, summary, verify, simulate, selftest, warm."""
 
 import argparse
 import contextlib
@@ -317,6 +317,16 @@ def _add_summary_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "derivatives", type=Path, metavar="DERIVATIVES", help="an output_dir of keepstill"
+    )
+    parser.add_argument("--deep", action="store_true", help="compare contents, too (sha256)")
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="files at a time (default: its affinity mask)"
+    )
+
+
 def _estimate_echo(text: str) -> str | int:
     return text if text in (SHORTEST, ALL_MEAN) else int(text)
 
@@ -524,6 +534,16 @@ def _summary(args: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(args: argparse.Namespace) -> int:
+    """Print what is not as it was written; 1 if anything is not."""
+    from keepstill.verify import in_words, verify
+
+    n_threads = args.threads or len(os.sched_getaffinity(0))
+    checked = verify(args.derivatives, is_deep=args.deep, n_threads=n_threads)
+    print("\n".join(in_words(checked, is_deep=args.deep)))
+    return int(any(one.damaged for one in checked))
+
+
 def _three(name: str, given: Sequence[float]) -> tuple[float, ...]:
     """Three numbers from three, or from one for all axes."""
     if len(given) not in (1, 3):
@@ -612,6 +632,13 @@ COMMANDS = (
         "make one table of all complete runs",
         "Make a table of all complete runs of a derivative data set, a row a run: motion, "
         "outliers, failed volumes, temporal signal-to-noise ratio before and after, error bar.",
+    ),
+    Command(
+        *("verify", _verify, _add_verify_arguments),
+        "compare a study's files with what was written",
+        "Compare every output of a derivative data set with its manifest, by size, or by content "
+        "(--deep). Names those that are missing, truncated or changed, and exits with 1 if any "
+        "is; the next call of the workflow does their runs again.",
     ),
     Command(
         *("simulate", _simulate, _add_simulate_arguments, "make a study of known motion"),

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keepstill import __version__
-from keepstill.errors import KeepstillError, LaunchError, SettingsError, counted
+from keepstill.errors import KeepstillError, LaunchError, OutputError, SettingsError, counted
 from keepstill.progress import VolumeProgress
 from keepstill.settings import (
     ALL_MEAN,
@@ -394,10 +394,12 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     from keepstill.ranks import n_threads_of, on_first, realign_staged, share, together_all
     from keepstill.read import open_staged
     from keepstill.realign import Crew
+    from keepstill.warm import ensure_warm
 
     began_s = time.perf_counter()
     first, *echoes = on_first(world, lambda: runs_of_files(args.bold, args.estimate_echo))
     settings = on_first(world, lambda: with_sbref(settings, find_sbref(first.source)))
+    on_first(world, ensure_warm)
     run, n_threads = first.name, args.threads or n_threads_of(world)
     lines: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -595,9 +597,13 @@ def _selftest(args: argparse.Namespace) -> int:
 def _warm(args: argparse.Namespace) -> int:
     """Run every kernel once on a small phantom, so that no rank has to compile."""
     del args
-    from keepstill.warm import warm_kernels
+    from keepstill.kernels.cache import cache_dir
+    from keepstill.warm import ensure_warm
 
-    warm_kernels()
+    if (folder := cache_dir()) is None:
+        raise OutputError("no folder for kernels can be written to; set NUMBA_CACHE_DIR to one")
+    done = "compiled" if ensure_warm() else "were there"
+    print(f"kernels for this kind of processor {done}, in {folder}")
     return 0
 
 
@@ -653,8 +659,9 @@ COMMANDS = (
         "the ranks ran. Exits with 1 if that is too far. Leaves nothing behind.",
     ),
     Command(
-        *("warm", _warm, lambda parser: None, "compile the kernels, once"),
-        "Compile the kernels, once.",
+        *("warm", _warm, lambda parser: None, "compile the kernels, once a kind of processor"),
+        "Compile the kernels for the processor that this runs on, unless they were before, and say "
+        "where they are kept.",
     ),
 )
 

@@ -26,7 +26,7 @@ WITHOUT_EFFECT = (
     *("__init__", "__main__", "config", "config_files", "errors", "files", "lanes", "manifest"),
     *("misnamed", "multi_echo", "phantom", "preflight", "progress", "report", "run_table"),
     *("selftest", "sidecars", "simulate", "start", "study", "summary", "truth", "verify", "warm"),
-    *("blobs", "kernels/blobs"),  # of the phantom
+    *("blobs", "kernels/blobs", "kernels/cache"),  # of the phantom; where kernels are kept
 )
 # The one arithmetic on all processors: kernels are compiled without licence to fuse, reorder or
 # approximate, so a rounding is where the source has it.

@@ -26,7 +26,7 @@ LAYERS = (
     ("last_step", "realigned"),
     ("confounds", "truth"),
     ("sidecars",),
-    ("collect", "report", "phantom", "apply", "summary"),
+    ("collect", "report", "phantom", "apply", "summary", "verify"),
     ("realign", "echoes"),
     ("ranks", "warm", "progress"),
     ("config",),

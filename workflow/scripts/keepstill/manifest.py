@@ -21,7 +21,7 @@ from keepstill.settings import SBREF, RealignSettings
 PACKAGE = Path(__file__).parent
 # What cannot change a run's files: where and when things run, what is shown, what is shared out.
 WITHOUT_EFFECT = (
-    *("__main__", "config", "config_files", "lanes", "misnamed", "preflight"),
+    *("__main__", "config", "config_files", "ladder", "lanes", "misnamed", "preflight"),
     *(
         "phantom",
         "progress",

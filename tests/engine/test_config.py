@@ -31,8 +31,16 @@ def leaves(properties: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_the_shipped_configuration_is_the_schema_s_defaults() -> None:
     engine_config.check_config(SHIPPED, SCHEMA)
     defaults = {name: schema["default"] for name, schema in leaves(SCHEMA["properties"]).items()}
-    estimate = {f"estimate.{name}": value for name, value in SHIPPED["estimate"].items()}
-    assert {**SHIPPED, **estimate} == {**defaults, "estimate": SHIPPED["estimate"]}
+    nested = {
+        f"{outer}.{name}": value
+        for outer in ("estimate", "ladder")
+        for name, value in SHIPPED[outer].items()
+    }
+    assert {**SHIPPED, **nested} == {
+        **defaults,
+        "estimate": SHIPPED["estimate"],
+        "ladder": SHIPPED["ladder"],
+    }
 
 
 def test_the_shipped_configuration_is_the_engine_s_defaults() -> None:

@@ -23,9 +23,20 @@ PACKAGE = Path(__file__).parent
 # What cannot change a run's voxels, motion or tables: where and when things run, what is shown and
 # said, what is written beside them. A test holds this against what the work on a run imports.
 WITHOUT_EFFECT = (
-    *("__init__", "__main__", "config", "config_files", "errors", "files", "lanes", "manifest"),
-    *("misnamed", "multi_echo", "phantom", "preflight", "progress", "report", "run_table"),
-    *("selftest", "sidecars", "simulate", "start", "study", "summary", "truth", "verify", "warm"),
+    *("__init__", "__main__", "config", "config_files", "errors", "files", "ladder", "lanes"),
+    *("manifest", "misnamed", "multi_echo", "phantom", "preflight", "progress", "report"),
+    *(
+        "run_table",
+        "selftest",
+        "sidecars",
+        "simulate",
+        "start",
+        "study",
+        "summary",
+        "truth",
+        "verify",
+        "warm",
+    ),
     *("blobs", "kernels/blobs", "kernels/cache"),  # of the phantom; where kernels are kept
 )
 # The one arithmetic on all processors: kernels are compiled without licence to fuse, reorder or

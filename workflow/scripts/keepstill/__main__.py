@@ -18,6 +18,8 @@ from keepstill.errors import KeepstillError, LaunchError, OutputError, SettingsE
 from keepstill.progress import VolumeProgress
 from keepstill.settings import (
     ALL_MEAN,
+    CHECKS,
+    ENGINES,
     FD_FILTERS,
     OUTSIDE,
     SHORTEST,
@@ -123,6 +125,19 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "--in-plane",
         action="store_true",
         help="motion within the slice plane only; one slice will do",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=default.engine,
+        help="who estimates and reslices (default: %(default)s); itk is slower, and independent",
+    )
+    parser.add_argument(
+        "--check",
+        choices=CHECKS,
+        default=default.check,
+        help="have every 20th volume realigned by ITK too, and tell the difference "
+        "(default: %(default)s)",
     )
     _add_fd_filter_arguments(parser)
     _add_run_arguments(parser)
@@ -367,6 +382,8 @@ def _realign(args: argparse.Namespace) -> int:
         affine_source=args.affine_source,
         dummy_scans=args.dummy_scans,
         in_plane=args.in_plane,
+        engine=args.engine,
+        check=args.check,
         fd_filter=args.fd_filter,
         fd_notch_low_per_min=args.fd_notch_per_min[0],
         fd_notch_high_per_min=args.fd_notch_per_min[1],
@@ -390,13 +407,23 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     """Stage on rank 0, realign on all, collect on rank 0; the stage directory goes in any case."""
     from keepstill.bids import find_sbref
     from keepstill.collect import collect_run, summary_line
+    from keepstill.itk_bridge import require_itk
     from keepstill.multi_echo import runs_of_files
-    from keepstill.ranks import n_threads_of, on_first, realign_staged, share, together_all
+    from keepstill.ranks import (
+        n_threads_of,
+        on_first,
+        realign_staged,
+        share,
+        together,
+        together_all,
+    )
     from keepstill.read import open_staged
     from keepstill.realign import Crew
     from keepstill.warm import ensure_warm
 
     began_s = time.perf_counter()
+    if settings.uses_itk:
+        together(world, require_itk)
     first, *echoes = on_first(world, lambda: runs_of_files(args.bold, args.estimate_echo))
     settings = on_first(world, lambda: with_sbref(settings, find_sbref(first.source)))
     on_first(world, ensure_warm)

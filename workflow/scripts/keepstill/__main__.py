@@ -21,6 +21,7 @@ from keepstill.settings import (
     CHECKS,
     ENGINES,
     FD_FILTERS,
+    GRIDS,
     OUTSIDE,
     SHORTEST,
     EstimateSettings,
@@ -108,6 +109,20 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "'mean' and 'median'; 'lowest-motion' is the volume that all others are nearest to, "
         "'sbref' the single-band reference beside the run "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shared-reference",
+        type=Path,
+        metavar="FILE",
+        help="image in whose space the run ends with others, as the workflow makes it of the first "
+        "run of a session or subject; --reference then says what motion is relative to",
+    )
+    parser.add_argument(
+        "--grid",
+        choices=GRIDS,
+        default=default.grid,
+        help="grid of a run that ends in the space of an image: that of the image or the run's own "
+        "(default: %(default)s, that of the image, which must be alike if it is shared)",
     )
     _add_reslice_arguments(parser)
     parser.add_argument(
@@ -377,6 +392,8 @@ def _realign(args: argparse.Namespace) -> int:
 
     settings = RealignSettings(
         reference=args.reference,
+        shared_reference=str(args.shared_reference.absolute()) if args.shared_reference else "",
+        grid=args.grid,
         **_reslice_values(args),
         reslice=not args.no_reslice,
         affine_source=args.affine_source,

@@ -17,7 +17,7 @@ from typing import Any
 
 from keepstill import __version__
 from keepstill.files import file_sha256, put_text
-from keepstill.settings import SBREF, RealignSettings
+from keepstill.settings import RealignSettings
 
 PACKAGE = Path(__file__).parent
 # What cannot change a run's voxels, motion or tables: where and when things run, what is shown and
@@ -27,6 +27,7 @@ WITHOUT_EFFECT = (
     *("manifest", "misnamed", "multi_echo", "phantom", "preflight", "progress", "report"),
     *(
         "run_table",
+        "scopes",
         "selftest",
         "sidecars",
         "simulate",
@@ -47,8 +48,7 @@ LIBRARIES = ("numba", "numpy")
 MANIFESTS = "manifests"  # folder below the output directory
 ECHOES = "echoes"  # below that, of the echoes of multi-echo runs
 DAMAGED = "damaged"  # outputs that `keepstill verify` has found to differ from what was written
-# Anything else is the path of a file.
-REFERENCES = ("first", "middle", "mean", "median", "lowest-motion")
+SHARED = "references"  # and of what the runs of a session or subject share
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ def manifest_path(output_dir: Path, run: str, *, is_echo: bool = False) -> Path:
     """Where the manifest of a run lies, or of one echo of a multi-echo run."""
     folder = output_dir / MANIFESTS / ECHOES if is_echo else output_dir / MANIFESTS
     return folder / f"{run}.json"
+
+
+def shared_entry(scope: str) -> str:
+    """What stands for a run's name in the manifest of a scope's reference, and in its path."""
+    return f"{SHARED}/{scope}"
 
 
 def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
@@ -244,11 +249,11 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def portable_settings(settings: RealignSettings) -> dict[str, Any]:
-    """Settings with the content of a reference file in the place of its path."""
+    """Settings with the content of the image in the place of its path."""
     values = asdict(settings)
-    if settings.reference not in (*REFERENCES, SBREF):
-        reference = Path(settings.reference)
-        values["reference"] = f"sha256:{_hash_once(reference, stamp_of(reference))}"
+    if settings.image:
+        name = "shared_reference" if settings.shared_reference else "reference"
+        values[name] = f"sha256:{_hash_once(settings.image, stamp_of(settings.image))}"
     return values
 
 

@@ -26,10 +26,10 @@ from keepstill import geometry
 from keepstill.error_bars import with_error_bars
 from keepstill.errors import InputError, KeepstillError, LaunchError
 from keepstill.estimate import Estimate
+from keepstill.figures import centre_of_gravity
 from keepstill.itk_bridge import require_itk
 from keepstill.itk_engine.check import check_volumes, checked_volumes, disagreement
 from keepstill.itk_engine.run import realign_by_itk
-from keepstill.manifest import REFERENCES
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
@@ -38,6 +38,7 @@ from keepstill.realign import (
     Task,
     choose_target,
     estimate_volumes,
+    find_space,
     finish_volumes,
     fitted_volumes,
     lowest_motion_target,
@@ -46,7 +47,6 @@ from keepstill.realign import (
     median_target,
     merged,
     model_volumes,
-    with_space,
     write_residuals,
 )
 from keepstill.run_model import NO_MODEL, RunModel, fit_run_model
@@ -273,11 +273,11 @@ def realign_staged(
     if settings.uses_itk:
         together(world, require_itk)
     run = open_staged(stage_dir)
-    target = together(world, lambda: choose_target(run, settings))
-    if settings.reslices_twice or settings.reference == "lowest-motion":
-        target = _second_target(Task(run, target, settings), world, crew)
-    elif settings.reference not in REFERENCES:
-        target = on_first(world, lambda: with_space(run, target, settings))
+    target = own_target(run, settings, world, crew)
+    if image := settings.image:
+        own = target.reference
+        space = on_first(world, lambda: find_space(run.run, own, image, settings))
+        target = replace(target, space=space)
     task = Task(run, target, settings)
     by_itk = settings.engine == "itk"
     found = (_realign_all_by_itk if by_itk else _realign_all)(task, world, crew)
@@ -286,6 +286,22 @@ def realign_staged(
         check = None if by_itk else _checked_by_itk(task, found, world, crew)
         on_first(world, lambda: _note_itk(stage_dir, check))
     on_first(world, lambda: _finish(stage_dir, run, target, found))
+
+
+def own_target(
+    run: StagedRun, settings: RealignSettings, world: Alone | World, crew: Crew
+) -> Target:
+    """What of a run the settings name as reference, whether or not it ends elsewhere.
+
+    Raises
+    ------
+    InputError
+        If it shows no head.
+    """
+    target = together(world, lambda: choose_target(run, settings))
+    if settings.reslices_twice or settings.reference == "lowest-motion":
+        return _second_target(Task(run, target, settings), world, crew)
+    return target
 
 
 def _second_target(task: Task, world: Alone | World, crew: Crew) -> Target:
@@ -376,10 +392,12 @@ def _refuse_if_none(run: StagedRun, found: Part) -> None:
 
 def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
     estimates = list(found.estimates.values())
-    end, centre_mm = target.space or target.reference, target.reference.centre_mm
+    own, end = target.reference, target.space or target.reference
+    centre_mm, run_from_reference = own.centre_mm, np.eye(4)
     statuses = [e.status for e in estimates]
     if target.space:
-        centre_mm = geometry.world(geometry.inverse(target.space.reference_from_space), centre_mm)
+        run_from_reference = target.space.reference_from_space
+        centre_mm = geometry.world(geometry.inverse(run_from_reference), centre_mm)
         statuses = ["ok" if status == "reference" else status for status in statuses]
     missing = np.zeros((0, 0, 0), np.bool_) if found.missing is None else found.missing
     saved = io.BytesIO()
@@ -394,6 +412,8 @@ def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
         n_lost_slices=np.array([len(e.lost_slices) for e in estimates]),
         covariance=np.array([e.covariance for e in estimates]),
         centre_mm=centre_mm,
+        run_from_reference=run_from_reference,
+        run_centre_voxel=centre_of_gravity(own.volume),
         reference=end.volume,
         affine=end.affine,
         missing=missing,

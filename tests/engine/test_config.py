@@ -189,6 +189,13 @@ def test_a_reference_that_is_not_there() -> None:
         engine_config.settings_of(SHIPPED | {"reference": "/nowhere/mean.nii"})
 
 
+def test_one_space_is_not_for_itk() -> None:
+    shared = SHIPPED | {"reference_scope": "session"}
+    assert engine_config.settings_of(shared | {"check": "itk"}).check == "itk"
+    with pytest.raises(SettingsError, match="needs run, or engine: native"):
+        engine_config.settings_of(shared | {"engine": "itk"})
+
+
 @pytest.mark.parametrize(
     ("output", "words"), [("sub-01", "lies among the raw data"), ("../file", "is no folder")]
 )

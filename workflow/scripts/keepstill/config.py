@@ -135,6 +135,11 @@ def settings_of(config: Config) -> RealignSettings:
         raise SettingsError(
             f"config: reference: {reference!r} found; needs {', '.join(known)} or an existing file"
         )
+    if config["engine"] == "itk" and config["reference_scope"] != "run":
+        raise SettingsError(
+            f"config: reference_scope: {config['reference_scope']} found with engine: itk, which "
+            "realigns each run to a reference of its own; needs run, or engine: native"
+        )
     defaults = RealignSettings()
     names = {setting.name for setting in fields(RealignSettings)} - {"shared_reference"}
     values = {name: config[name] for name in names}

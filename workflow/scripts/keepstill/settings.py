@@ -290,6 +290,8 @@ def _check_engine(settings: RealignSettings) -> None:
             f"reference: {settings.reference} found; engine: itk needs "
             f"{' or '.join(_ITK_REFERENCES)} (check: itk takes any)"
         )
+    if settings.shared_reference:
+        raise SettingsError("engine: itk found; a shared reference needs native (or check: itk)")
     if settings.outside == "nearest":
         raise SettingsError("outside: nearest found; engine: itk needs zero or nan")
 

@@ -1,19 +1,11 @@
 # What all steps share: the study, what is to do, names of files, the ranks' command.
 import atexit
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from snakemake.logging import logger
-
-RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
-CLONE, SCRIPTS = RULES.parents[1], RULES.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
 from keepstill.config_files import refuse_templates
-from keepstill.errors import KeepstillError
 from keepstill.lanes import launch_command
 from keepstill.manifest import manifest_path
 from keepstill.preflight import preflight
@@ -21,24 +13,12 @@ from keepstill.study import Plan, clear_stage, hold_stage, plan_study, read_stud
 
 STARTED_S = time.time()
 HELD = []  # the lock that says that this study's stage directory is in use
-# Jobs speak for themselves, in one line each; of a failed command its log has more to say.
-NOISE = ("Select jobs", "Execute ", "RuleException:\nCalledProcessError")
-logger.addFilter(lambda record: not str(record.msg).startswith(NOISE))
 
 
 def tell(text):
     """Say something on the terminal, in the main process only: jobs say it in their logs."""
     if workflow.is_main_process:
         print(f"keepstill: {text}", file=sys.stderr, flush=True)
-
-
-def or_refuse(function, *args):
-    """The function's value; a user's error ends in one line instead of a traceback."""
-    try:
-        return function(*args)
-    except KeepstillError as error:
-        print(f"keepstill: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
 
 
 def read_plan():
@@ -56,9 +36,6 @@ def read_plan():
 STUDY = or_refuse(read_study, config, workflow.config_settings.overwrite_config, CLONE)
 PLAN = read_plan()
 TO_DO = frozenset(PLAN.runs)
-N_CPUS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-# python and mpirun are those of this environment, activated or not; conda puts its own before.
-os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}")
 
 
 wildcard_constraints:
@@ -80,10 +57,6 @@ def log_of(rule_name, run="{run}"):
 
 def benchmark_of(rule_name, run="{run}"):
     return f"{STUDY.output_dir}/logs/benchmark/{rule_name}/{run}.tsv"
-
-
-def script(name):
-    return str(SCRIPTS / name)
 
 
 def stage_dir(wildcards):

@@ -242,6 +242,8 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
         "tsnr_after": _number(after[0]) if after else None,
         "variance_before": _number(before[1]) if before else None,
         "variance_after": _number(after[1]) if after else None,
+        "engine": result.engine,
+        "check": result.check and {"engine": f"ITK {result.itk_version}"} | result.check,
     }
 
 
@@ -349,4 +351,20 @@ def summary_line(run: str, summary: dict[str, Any]) -> str:
     return (
         f"{run}: {counted(summary['n_volumes'], 'volume')}, mean framewise displacement {shown}, "
         f"{counted(summary['n_outliers'], 'outlier')}, {summary['n_failed']} failed{tail}"
+        f"{_check_in_words(summary['check'])}"
+    )
+
+
+def _check_in_words(check: dict[str, Any] | None) -> str:
+    """How far ITK is from what was found, for the end of a line."""
+    if not check:
+        return ""
+    failed = check["failed_volumes"]
+    tail = f", and could not realign volumes {', '.join(map(str, failed))}" if failed else ""
+    if not check["volumes"]:
+        return f"; {check['engine']} has none to compare{tail}"
+    return (
+        f"; {check['engine']} differs by {check['median_mm']:.3f} mm (median), "
+        f"{check['worst_mm']:.3f} mm (worst, volume {check['worst_volume']}) in "
+        f"{counted(len(check['volumes']), 'volume')}{tail}"
     )

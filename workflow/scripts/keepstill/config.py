@@ -16,7 +16,7 @@ from keepstill.settings import REFERENCES, SBREF, RealignSettings
 
 Config = Mapping[str, Any]
 SCHEMA = Path("config", "config.schema.yaml")  # in the clone
-PATHS = ("bids_dir", "output_dir", "stage_root")
+PATHS = ("bids_dir", "output_dir", "stage_root", "ladder_dir")
 
 
 def effective_config(config: Config, given: Iterable[str], clone: Path) -> dict[str, Any]:
@@ -135,6 +135,11 @@ def settings_of(config: Config) -> RealignSettings:
         raise SettingsError(
             f"config: reference: {reference!r} found; needs {', '.join(known)} or an existing file"
         )
+    if config["engine"] == "itk" and config["reference_scope"] != "run":
+        raise SettingsError(
+            f"config: reference_scope: {config['reference_scope']} found with engine: itk, which "
+            "realigns each run to a reference of its own; needs run, or engine: native"
+        )
     defaults = RealignSettings()
     names = {setting.name for setting in fields(RealignSettings)} - {"shared_reference"}
     values = {name: config[name] for name in names}
@@ -187,7 +192,7 @@ def _paths_in(config: Config) -> Iterator[str]:
 
 def _refuse_places(config: Config, given: Collection[str]) -> None:
     """Refuse absolute paths that would do harm or that nobody can have meant."""
-    for name in ("output_dir", "stage_root"):
+    for name in ("output_dir", "stage_root", "ladder_dir"):
         if set("{}") & set(config[name]):  # they are Snakemake's, and cannot be escaped there
             raise SettingsError(f"config: {name}: {config[name]} has braces; choose another")
     source = "runs" if run_table_of(config) else "bids_dir"

@@ -25,7 +25,7 @@ from keepstill.nifti import (
     check_units,
     parse_layout,
 )
-from keepstill.settings import RealignSettings
+from keepstill.settings import CHECK_EVERY, RealignSettings
 from keepstill.study import Plan, Study
 
 # CPU seconds of a run: 5 to start Python for each step and to draw the page, and 2.9 for the 29.5
@@ -35,6 +35,8 @@ CPU_S_PER_MVOXEL = 0.1
 # An echo of a multi-echo run starts Python once, and is resliced and compressed: 1.4 and 1.7 CPU s
 # for the same volumes.
 CPU_S_PER_ECHO, CPU_S_PER_ECHO_MVOXEL = 1.4, 0.06
+# With ITK as the engine, its start included (AMD EPYC, 2026).
+ITK_CPU_S_PER_RUN, ITK_CPU_S_PER_MVOXEL = 12.0, 5.0
 # Written voxels are 0.69 to 0.89 of their size without compression, float32 and int16 alike.
 COMPRESSED = 0.9
 BYTES_PER_VOXEL = {"float32": 4, "int16": 2}
@@ -120,6 +122,8 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
         output_bytes += needs.output_bytes
         lane_bytes = max(lane_bytes, needs.lane_bytes)
         cpu_s += needs.cpu_s
+        if study.settings.uses_itk and study.runs[name].leader is None:
+            cpu_s += itk_cpu_s(layout, study.settings)
     return Needs(output_bytes, lane_bytes, cpu_s, tuple(refused))
 
 
@@ -174,6 +178,13 @@ def run_needs(layout: Layout, settings: RealignSettings, grid_voxels: int | None
         lane_bytes=layout.n_bytes + STAGED_BYTES_PER_VOXEL * grid * n_held,
         cpu_s=CPU_S_PER_RUN + CPU_S_PER_MVOXEL * grid * n_volumes / MVOXEL,
     )
+
+
+def itk_cpu_s(layout: Layout, settings: RealignSettings) -> float:
+    """CPU seconds that ITK adds to a run, as its engine or to check some of its volumes."""
+    n_volumes = layout.shape[3] if settings.engine == "itk" else layout.shape[3] / CHECK_EVERY
+    mvoxels = math.prod(layout.shape[:3]) * n_volumes / MVOXEL
+    return ITK_CPU_S_PER_RUN + ITK_CPU_S_PER_MVOXEL * mvoxels
 
 
 def read_layout(source: Path, run: str, affine_source: str = "auto") -> Layout:

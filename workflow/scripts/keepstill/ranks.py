@@ -6,6 +6,7 @@ their own offsets, and only transforms are gathered.
 
 import fcntl
 import io
+import json
 import logging
 import os
 import sys
@@ -26,6 +27,9 @@ from keepstill.error_bars import with_error_bars
 from keepstill.errors import InputError, KeepstillError, LaunchError
 from keepstill.estimate import Estimate
 from keepstill.figures import centre_of_gravity
+from keepstill.itk_bridge import require_itk
+from keepstill.itk_engine.check import check_volumes, checked_volumes, disagreement
+from keepstill.itk_engine.run import realign_by_itk
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
@@ -47,7 +51,7 @@ from keepstill.realign import (
 )
 from keepstill.run_model import NO_MODEL, RunModel, fit_run_model
 from keepstill.settings import RealignSettings
-from keepstill.stage import MOTION, put_staged
+from keepstill.stage import ITK_NOTE, MOTION, put_staged
 from keepstill.team import Team
 
 # What launchers tell a rank of the world's size: MPICH and Slurm's PMI-2, Open MPI, PMIx.
@@ -266,14 +270,21 @@ def realign_staged(
     InputError
         If the run has no usable reference, or no volume could be realigned.
     """
+    if settings.uses_itk:
+        together(world, require_itk)
     run = open_staged(stage_dir)
     target = own_target(run, settings, world, crew)
     if image := settings.image:
         own = target.reference
         space = on_first(world, lambda: find_space(run.run, own, image, settings))
         target = replace(target, space=space)
-    found = _realign_all(Task(run, target, settings), world, crew)
+    task = Task(run, target, settings)
+    by_itk = settings.engine == "itk"
+    found = (_realign_all_by_itk if by_itk else _realign_all)(task, world, crew)
     found = replace(found, estimates=with_error_bars(found.estimates))
+    if settings.uses_itk:
+        check = None if by_itk else _checked_by_itk(task, found, world, crew)
+        on_first(world, lambda: _note_itk(stage_dir, check))
     on_first(world, lambda: _finish(stage_dir, run, target, found))
 
 
@@ -324,6 +335,29 @@ def _realign_all(task: Task, world: Alone | World, crew: Crew) -> Part:
     own = {t: estimates[t] for t in share(task.run.n_volumes, world.size, world.rank)}
     finished = together_all(world, lambda: finish_volumes(task, own, model, crew))
     return replace(found, estimates={t: e for part in finished for t, e in part.items()})
+
+
+def _realign_all_by_itk(task: Task, world: Alone | World, crew: Crew) -> Part:
+    """What all ranks find of all volumes by ITK, on all ranks; each has written its own."""
+    mine = share(task.run.n_volumes, world.size, world.rank)
+    return merged(together_all(world, lambda: realign_by_itk(task, mine, crew)))
+
+
+def _checked_by_itk(task: Task, found: Part, world: Alone | World, crew: Crew) -> dict[str, Any]:
+    """What ITK says of some volumes, on all ranks."""
+    mine = checked_volumes(task.run.n_volumes)[world.rank :: world.size]
+    quiet = replace(crew, on_volume=lambda t: None)
+    parts = together_all(world, lambda: check_volumes(task, mine, quiet) if mine else {})
+    by_itk = {t: estimate for part in parts for t, estimate in part.items()}
+    return disagreement(task, list(found.estimates.values()), by_itk)
+
+
+def _note_itk(stage_dir: Path, check: dict[str, Any] | None) -> None:
+    """Leave, for those that come after, which ITK it was and what it said."""
+    for warning in check["warnings"] if check else ():
+        _log.warning("%s", warning)
+    note = {"version": require_itk(), "check": check}
+    put_staged(stage_dir / ITK_NOTE, json.dumps(note).encode(), stage_dir.name)
 
 
 def _fit_model(task: Task, estimates: list[Estimate], world: Alone | World, crew: Crew) -> RunModel:

@@ -1,5 +1,6 @@
 """A realigned run as the ranks left it, and the names of the files that are made of it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill import geometry
+from keepstill import __version__, geometry
 from keepstill.bids import derivative_folder, derivative_name, percent_encoded
 from keepstill.read import StagedRun, open_staged
 from keepstill.settings import RealignSettings
-from keepstill.stage import MOTION
+from keepstill.stage import ITK_NOTE, MOTION
 
 # Each output's ending, and its entities in the order of the name. The realigned run has the desc
 # that the settings give it; the others keep theirs, which fMRIPrep looks for.
@@ -61,6 +62,11 @@ class Realigned:
     missing : (nz, ny, nx) bool or None
         Voxels of the run's grid that are no number in some volume.
     warnings : tuple of str
+    itk_version : str or None
+        Of the ITK that took part.
+    check : dict or None
+        What ITK said of some volumes, as `itk_engine.check.disagreement` has it, but for its
+        warnings.
     """
 
     run: StagedRun
@@ -76,6 +82,14 @@ class Realigned:
     series: NDArray[np.float32] | None
     missing: NDArray[np.bool_] | None
     warnings: tuple[str, ...]
+    itk_version: str | None = None
+    check: dict[str, Any] | None = None
+
+    @property
+    def engine(self) -> str:
+        """Who estimated the motion and resliced, with its version."""
+        by_itk = self.settings.engine == "itk"
+        return f"ITK {self.itk_version}" if by_itk else f"keepstill {__version__}"
 
     @property
     def motion_within_run(self) -> NDArray[np.float64]:
@@ -174,6 +188,10 @@ def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
             f"{run.run}: {n_missing} values, in {int(missing.sum())} voxels, are no numbers; they "
             "were filled from their neighbours and are left out of the figures"
         )
+    itk: dict[str, Any] = {"version": None, "check": None}
+    if settings.uses_itk:
+        itk = json.loads((stage_dir / ITK_NOTE).read_text())
+    warnings += (itk["check"] or {}).pop("warnings", [])
     return Realigned(
         run=run,
         settings=settings,
@@ -188,4 +206,6 @@ def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
         series=series,
         missing=missing if n_missing else None,
         warnings=tuple(warnings),
+        itk_version=itk["version"],
+        check=itk["check"],
     )

@@ -9,6 +9,12 @@ from keepstill.errors import SettingsError
 
 OUTSIDE = ("zero", "nan", "nearest")
 FD_FILTERS = ("none", "notch", "lowpass")
+ENGINES, CHECKS = ("native", "itk"), ("none", "itk")
+
+# A check looks at every so many volumes.
+CHECK_EVERY = 20
+# What ITK can be given without a first pass of the other engine.
+_ITK_REFERENCES = ("first", "middle")
 
 # On what the motion of a multi-echo run is estimated, if not on an echo by its number.
 SHORTEST, ALL_MEAN = "shortest", "all-mean"
@@ -104,6 +110,11 @@ class RealignSettings:
         Number of first volumes before the signal is steady; ``auto`` finds the brighter ones.
     in_plane : bool
         Motion within the slice plane only (two shifts, one rotation): for single slices.
+    engine : str
+        Who estimates and reslices: ``native``, or ``itk`` (references ``first`` and ``middle``).
+    check : str
+        ``itk`` has every 20th volume realigned by ITK too, and tells the difference; ``none``
+        does not.
     estimate : EstimateSettings
     """
 
@@ -127,6 +138,8 @@ class RealignSettings:
     affine_source: str = "auto"
     dummy_scans: str | int = "auto"
     in_plane: bool = False
+    engine: str = "native"
+    check: str = "none"
     estimate: EstimateSettings = field(default_factory=EstimateSettings)
 
     def __post_init__(self) -> None:
@@ -144,6 +157,7 @@ class RealignSettings:
         _check_space(self)
         _check_outside(self)
         _check_fd_filter(self)
+        _check_engine(self)
         if self.affine_source not in ("auto", "sform", "qform"):
             raise SettingsError(
                 f"affine_source: {self.affine_source!r} found; needs auto, sform or qform"
@@ -154,6 +168,11 @@ class RealignSettings:
             raise SettingsError(
                 f"dummy_scans: {self.dummy_scans!r} found; needs auto or a number of volumes"
             )
+
+    @property
+    def uses_itk(self) -> bool:
+        """Whether ITK has to be there."""
+        return "itk" in (self.engine, self.check)
 
     @property
     def reslices_twice(self) -> bool:
@@ -250,6 +269,31 @@ def _check_fd_filter(settings: RealignSettings) -> None:
             f"fd_lowpass_per_min: {settings.fd_lowpass_per_min:g} found; needs cycles a minute, "
             "above 0"
         )
+
+
+def _check_engine(settings: RealignSettings) -> None:
+    """Refuse what ITK is not made to do here."""
+    for name, value, known in (
+        ("engine", settings.engine, ENGINES),
+        ("check", settings.check, CHECKS),
+    ):
+        if value not in known:
+            raise SettingsError(f"{name}: {value!r} found; needs {' or '.join(known)}")
+    if settings.uses_itk and settings.in_plane:
+        raise SettingsError("in_plane: true found; engine or check: itk needs motion in space")
+    if settings.engine != "itk":
+        return
+    if settings.check == "itk":
+        raise SettingsError("check: itk found with engine: itk, which it would check by itself")
+    if settings.reference not in _ITK_REFERENCES:
+        raise SettingsError(
+            f"reference: {settings.reference} found; engine: itk needs "
+            f"{' or '.join(_ITK_REFERENCES)} (check: itk takes any)"
+        )
+    if settings.shared_reference:
+        raise SettingsError("engine: itk found; a shared reference needs native (or check: itk)")
+    if settings.outside == "nearest":
+        raise SettingsError("outside: nearest found; engine: itk needs zero or nan")
 
 
 def with_sbref(settings: RealignSettings, sbref: Path | None) -> RealignSettings:

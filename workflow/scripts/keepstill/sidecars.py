@@ -115,6 +115,7 @@ def _provenance(result: Realigned, output: str, output_dir: Path) -> dict[str, A
         "Description": text,
         "Sources": _sources(result, output, output_dir),
         "KeepstillVersion": __version__,
+        "Engine": result.engine,
         "KeepstillSettings": named_settings(result.settings),
         "Reference": _reference(result),
     }
@@ -207,6 +208,26 @@ def _transforms_fields(result: Realigned) -> dict[str, Any]:
         "TranslationUnits": "mm",
         "RotationCentre": "world origin",
         "FailedVolumes": np.flatnonzero(result.failed).tolist(),
+    } | _check_fields(result)
+
+
+def _check_fields(result: Realigned) -> dict[str, Any]:
+    """What ITK said of some volumes, where it was asked."""
+    if result.check is None:
+        return {}
+    check = result.check
+    return {
+        "Check": {
+            "Engine": f"ITK {result.itk_version}",
+            "Description": "Mean distance over the brain between where both engines see a voxel",
+            "Units": "mm",
+            "Volumes": check["volumes"],
+            "Differences": check["difference_mm"],
+            "Median": check["median_mm"],
+            "Worst": check["worst_mm"],
+            "WarningAbove": check["warn_mm"],
+            "FailedVolumes": check["failed_volumes"],
+        }
     }
 
 

@@ -44,6 +44,7 @@ STAGED = "staged.json"
 STAGED_VOXELS = "bold.nii"
 REALIGNED_VOXELS = "realigned.raw"
 MOTION = "motion.npz"
+ITK_NOTE = "itk.json"
 _OVERFLOW = "overflow"  # a link to where the voxels are, if they are not here
 _LOCK = "lock"
 # Room for what is written later: staged.json and motion.npz with its reference and masks.

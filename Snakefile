@@ -1,5 +1,6 @@
 # keepstill: realigns the BOLD runs of a BIDS data set. A run goes through stage (into memory),
-# realign (MPI), collect (onto disk) and page_run; page_study lists them all.
+# realign (MPI), collect (onto disk) and page_run; page_study lists them all. Before, there is
+# make_reference, where runs share one.
 from pathlib import Path
 
 from snakemake.utils import min_version
@@ -17,6 +18,7 @@ include: "workflow/rules/ladder.smk"
 if not is_called_for("ladder"):
 
     include: "workflow/rules/common.smk"
+    include: "workflow/rules/reference.smk"
     include: "workflow/rules/stage.smk"
     include: "workflow/rules/realign.smk"
     include: "workflow/rules/collect.smk"

@@ -45,7 +45,8 @@ def test_the_shipped_configuration_is_the_schema_s_defaults() -> None:
 
 def test_the_shipped_configuration_is_the_engine_s_defaults() -> None:
     assert engine_config.settings_of(SHIPPED) == RealignSettings()
-    assert {setting.name for setting in fields(RealignSettings)} <= set(SHIPPED)
+    names = {setting.name for setting in fields(RealignSettings)}
+    assert names - {"shared_reference"} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize(("name", "schema"), leaves(SCHEMA["properties"]).items())
@@ -186,6 +187,13 @@ def test_paths_that_would_do_harm(given: dict[str, str], words: str, tmp_path: P
 def test_a_reference_that_is_not_there() -> None:
     with pytest.raises(SettingsError, match="lowest-motion, sbref or an existing file"):
         engine_config.settings_of(SHIPPED | {"reference": "/nowhere/mean.nii"})
+
+
+def test_one_space_is_not_for_itk() -> None:
+    shared = SHIPPED | {"reference_scope": "session"}
+    assert engine_config.settings_of(shared | {"check": "itk"}).check == "itk"
+    with pytest.raises(SettingsError, match="needs run, or engine: native"):
+        engine_config.settings_of(shared | {"engine": "itk"})
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ TO_DO = frozenset(PLAN.runs)
 
 
 wildcard_constraints:
-    run="[^/]+",
+    run="sub-[^/]+",
+    scope="sub-[^/]+",
 
 
 def staged(name):
@@ -54,12 +55,20 @@ def log_of(rule_name, run="{run}"):
     return str(STUDY.log_path(rule_name, run))
 
 
-def benchmark_of(rule_name):
-    return f"{STUDY.output_dir}/logs/benchmark/{rule_name}/{{run}}.tsv"
+def benchmark_of(rule_name, run="{run}"):
+    return f"{STUDY.output_dir}/logs/benchmark/{rule_name}/{run}.tsv"
 
 
 def stage_dir(wildcards):
     return str(STUDY.stage_dir / wildcards.run)
+
+
+def shared_staged(name):
+    return f"{STUDY.shared_stage_dir('{scope}')}/{name}"
+
+
+def shared_stage_dir(wildcards):
+    return str(STUDY.shared_stage_dir(wildcards.scope))
 
 
 def settings(wildcards):
@@ -89,6 +98,14 @@ def threads_per_rank(wildcards, threads, resources):
 def rank_command(wildcards, resources):
     launcher, flags = resources.get("mpi", ""), resources.get("mpi_args", "")
     return launch_command(launcher, flags, rank_count(wildcards, resources))
+
+
+def shared_flag(wildcards):
+    """What stage waits for: the reference of a run's scope, if it is to make."""
+    scope = STUDY.made_for(wildcards.run)
+    if workflow.is_main_process:
+        return flag("shared", scope) if scope in PLAN.references else []
+    return flag("shared", scope) if scope and not STUDY.has_reference(scope) else []
 
 
 def collected_flag(wildcards):

@@ -13,7 +13,7 @@ rule realign:
     group:
         "run"
     conda:
-        "../../envs/keepstill.yaml"
+        "../../envs/itk.yaml" if STUDY.settings.uses_itk else "../../envs/keepstill.yaml"
     threads: 1
     params:
         guard=script("guard.sh"),

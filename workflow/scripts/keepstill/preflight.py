@@ -5,6 +5,7 @@ are estimates of what a run needs at most, rounded upwards where runs differ.
 """
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,16 +16,16 @@ from isal import isal_zlib
 
 from keepstill.bids import Run
 from keepstill.errors import InputError, counted
-from keepstill.manifest import REFERENCES
 from keepstill.nifti import (
     GZIP_MAGIC,
     HEADER_BYTES,
     Layout,
     check_run_shape,
+    check_same_grid,
     check_units,
     parse_layout,
 )
-from keepstill.settings import SBREF, RealignSettings
+from keepstill.settings import CHECK_EVERY, RealignSettings
 from keepstill.study import Plan, Study
 
 # CPU seconds of a run: 5 to start Python for each step and to draw the page, and 2.9 for the 29.5
@@ -34,6 +35,8 @@ CPU_S_PER_MVOXEL = 0.1
 # An echo of a multi-echo run starts Python once, and is resliced and compressed: 1.4 and 1.7 CPU s
 # for the same volumes.
 CPU_S_PER_ECHO, CPU_S_PER_ECHO_MVOXEL = 1.4, 0.06
+# With ITK as the engine, its start included (AMD EPYC, 2026).
+ITK_CPU_S_PER_RUN, ITK_CPU_S_PER_MVOXEL = 12.0, 5.0
 # Written voxels are 0.69 to 0.89 of their size without compression, float32 and int16 alike.
 COMPRESSED = 0.9
 BYTES_PER_VOXEL = {"float32": 4, "int16": 2}
@@ -100,7 +103,7 @@ def preflight(study: Study, plan: Plan) -> Iterator[str]:
 
 def study_needs(study: Study, names: Iterable[str]) -> Needs:
     """What these runs of a study will take."""
-    grid_voxels = _reference_voxels(study.settings)
+    images = _Images(study)
     output_bytes = lane_bytes = cpu_s = 0.0
     refused = []
     for name in names:
@@ -108,13 +111,19 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
             layout = read_layout(study.runs[name].source, name, study.settings.affine_source)
             check_run_shape(layout, name, study.settings.in_plane)
             check_units(layout, name)
+            settings, image = study.settings_of(name), images.layout(name)
+            if image and settings.shared_reference and settings.grid == "auto":
+                check_same_grid(layout, image, name, Path(settings.shared_reference).name)
         except InputError as error:
             refused.append((name, str(error).removeprefix(f"{name}: ")))
             continue
-        needs = _needs_of(study.runs[name], layout, study.settings, grid_voxels)
+        grid_voxels = math.prod(image.shape[:3]) if image and settings.grid != "own" else None
+        needs = _needs_of(study.runs[name], layout, settings, grid_voxels)
         output_bytes += needs.output_bytes
         lane_bytes = max(lane_bytes, needs.lane_bytes)
         cpu_s += needs.cpu_s
+        if study.settings.uses_itk and study.runs[name].leader is None:
+            cpu_s += itk_cpu_s(layout, study.settings)
     return Needs(output_bytes, lane_bytes, cpu_s, tuple(refused))
 
 
@@ -169,6 +178,13 @@ def run_needs(layout: Layout, settings: RealignSettings, grid_voxels: int | None
     )
 
 
+def itk_cpu_s(layout: Layout, settings: RealignSettings) -> float:
+    """CPU seconds that ITK adds to a run, as its engine or to check some of its volumes."""
+    n_volumes = layout.shape[3] if settings.engine == "itk" else layout.shape[3] / CHECK_EVERY
+    mvoxels = math.prod(layout.shape[:3]) * n_volumes / MVOXEL
+    return ITK_CPU_S_PER_RUN + ITK_CPU_S_PER_MVOXEL * mvoxels
+
+
 def read_layout(source: Path, run: str, affine_source: str = "auto") -> Layout:
     """Layout of a run, from the first bytes of its file.
 
@@ -216,14 +232,24 @@ def _inflated(first_bytes: bytes, run: str) -> bytes:
         raise InputError(f"{run}: the gzip stream is damaged ({error})") from error
 
 
-def _reference_voxels(settings: RealignSettings) -> int | None:
-    """Voxels of the file that serves as reference; None if volumes of the runs serve."""
-    if settings.reference in (*REFERENCES, SBREF):
-        return None
-    with contextlib.suppress(InputError):  # realign says what is wrong
-        nx, ny, nz = read_layout(Path(settings.reference), "reference").shape[:3]
-        return nx * ny * nz
-    return None
+class _Images:
+    """Headers of the images in whose space runs end, each read once."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._layouts: dict[Path, Layout | None] = {}
+
+    def layout(self, run: str) -> Layout | None:
+        """That of a run's image; None if the run ends in its own space, or it cannot be read."""
+        scope = self._study.made_for(run)
+        path = self._study.firsts[scope].source if scope else self._study.settings_of(run).image
+        if path is None:
+            return None
+        if path not in self._layouts:
+            self._layouts[path] = None
+            with contextlib.suppress(InputError):  # stage or realign says what is wrong
+                self._layouts[path] = read_layout(path, path.name)
+        return self._layouts[path]
 
 
 def _refused_in_words(refused: tuple[tuple[str, str], ...]) -> str:

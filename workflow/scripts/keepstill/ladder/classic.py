@@ -1,7 +1,8 @@
 """The classic estimate: Gauss-Newton on sampled points, each asked of ITK from Python.
 
-As Friston et al. 1995 (Human Brain Mapping 2:165) have it: both images are smoothed, the reference's
-gradient is taken once, at points a few voxels apart, and each step samples the moving volume there.
+As Friston et al. (1995, Human Brain Mapping 2:165) do it: both images are smoothed, the
+reference's gradient is taken once, at points a few voxels apart, and each step samples the moving
+volume there.
 """
 
 from typing import NamedTuple

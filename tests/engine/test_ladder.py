@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -193,7 +195,15 @@ def figures(cpu_s=0.01, apart_mm=0.03):
 
 
 SETTING = {
-    **{"cpu": "EPYC", "cores": 2, "load": 0.1, "ranks": 2, "repeats": 3, "date": "2026-11-20"},
+    **{
+        "cpu": "EPYC",
+        "cores": 2,
+        "load": 0.1,
+        "ranks": 2,
+        "repeats": 3,
+        "binding": "",
+        "date": "2026-11-20",
+    },
     "versions": {"keepstill": "0.1.0", "itk": "5.4.7"},
 }
 
@@ -209,7 +219,8 @@ def test_tables():
     assert (
         short_table(figures()).splitlines()[3] == "| 2 | keepstill | 0.01 | 300 | 0.005 | 0.0100 |"
     )
-    assert "EPYC, 2 cores, load 0.1 beforehand; 2026-11-20; median of 3 repeats" in heading(SETTING)
+    shared = "EPYC, 2 cores, load 0.1 beforehand; 2026-11-20; median of 3 repeats; ranks bound by nothing"
+    assert heading(SETTING) == f"{shared}; keepstill 0.1.0, itk 5.4.7"
     assert "load 7 beforehand, so processor time is the figure" in heading(SETTING | {"load": 7.0})
 
 
@@ -259,22 +270,44 @@ def test_without_itk(monkeypatch):
         itk_bridge.require_itk()
 
 
-def test_the_workflow_without_itk_says_so_and_reads_no_study(tmp_path):
-    """There is no study here, which the default target would refuse."""
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['itk'] = None\n")
-    python_path = f"{tmp_path}{os.pathsep}{CLONE / 'workflow' / 'scripts'}"
-    places = [f"{name}={tmp_path / name}" for name in ("bids_dir", "output_dir", "ladder_dir")]
-    done = subprocess.run(
+def snakemake(folder, *arguments, python_path=""):
+    """A call in a folder where there is no study, which the default target would refuse."""
+    names = ("bids_dir", "output_dir", "ladder_dir")
+    return subprocess.run(
         [
             *(sys.executable, "-m", "snakemake", "--snakefile", str(CLONE / "Snakefile")),
-            *("--cores", "1", "--config", *places, "--", "ladder"),
+            *("--cores", "1", *arguments, "--config", *(f"{n}={folder / n}" for n in names)),
+            *("ladder={every_volume: 7, docs: true}", "--", "ladder"),
         ],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": python_path},
+        cwd=folder,
+        env=os.environ
+        | {"PYTHONPATH": f"{python_path}{os.pathsep}{CLONE / 'workflow' / 'scripts'}"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_the_workflow_hands_on_what_profile_and_configuration_say(tmp_path, monkeypatch):
+    """The rule's command, as a dry run shows it, through the script to the trial."""
+    told = snakemake(tmp_path, "-n", "-p", "--quiet", "host").stdout
+    (command,) = (line for line in told.splitlines() if "ladder_run.py" in line)
+    script, *arguments = shlex.split(command.split(" python ", 1)[1])
+    (tmp_path / "ladder_dir" / "study-200" / "sub-01" / "func").mkdir(parents=True)
+    source = tmp_path / "ladder_dir" / "study-200" / "sub-01" / "func" / "a_bold.nii.gz"
+    source.touch()
+    given = []
+    monkeypatch.setattr(results, "put_ladder", lambda *given_: given.extend(given_))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(script, run_name="__main__")
+    flags = "-bind-to hwthread -map-by core"
+    assert given[0] == Trial(source, 1, "mpirun", flags, 7, 3, Path("/dev/shm"))
+    assert given[1:3] == [tmp_path / "ladder_dir", CLONE]
+
+
+def test_the_workflow_without_itk_says_so_and_reads_no_study(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['itk'] = None\n")
+    done = snakemake(tmp_path, python_path=tmp_path)
     own = [line for line in done.stderr.splitlines() if line.startswith("keepstill: ")]
     assert done.returncode == 1 and len(own) == 1, done.stderr
     assert own[0].startswith("keepstill: ITK is not installed; the ladder needs it: make itk, or")

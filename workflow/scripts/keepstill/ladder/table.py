@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keepstill import __version__
-from keepstill.ladder.measure import Cost, Figures
+from keepstill.ladder.measure import Cost, Figures, Trial
 
 AGREED_MM = 0.05
 REQUIRED_TIMES, STRETCH_TIMES = 200, 500
@@ -22,15 +22,16 @@ _COLUMNS = (
 _SHORT = ("", "rung", "CPU s a volume", "speed-up, CPU", "wall s a volume", "median error, mm")
 
 
-def setting_of(n_ranks: int, n_repeats: int, load: float) -> dict[str, Any]:
+def setting_of(trial: Trial, load: float) -> dict[str, Any]:
     """What all figures share: machine, versions, day, how busy the machine was."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {
         "cpu": cpu[0].split(":")[1].strip() if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(load, 1),
-        "ranks": n_ranks,
-        "repeats": n_repeats,
+        "ranks": trial.n_ranks,
+        "binding": trial.binding,
+        "repeats": trial.n_repeats,
         "date": date.today().isoformat(),
         "versions": {"keepstill": __version__, "python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
@@ -62,7 +63,8 @@ def heading(setting: dict[str, Any]) -> str:
     caution = ", so processor time is the figure to look at" * is_busy
     return (
         f"{setting['cpu']}, {setting['cores']} cores, load {setting['load']:g} beforehand"
-        f"{caution}; {setting['date']}; median of {setting['repeats']} repeats; {packages}"
+        f"{caution}; {setting['date']}; median of {setting['repeats']} repeats; "
+        f"ranks bound by {setting['binding'] or 'nothing'}; {packages}"
     )
 
 

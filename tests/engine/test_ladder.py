@@ -219,8 +219,9 @@ def test_tables():
     assert (
         short_table(figures()).splitlines()[3] == "| 2 | keepstill | 0.01 | 300 | 0.005 | 0.0100 |"
     )
-    shared = "EPYC, 2 cores, load 0.1 beforehand; 2026-11-20; median of 3 repeats; ranks bound by nothing"
-    assert heading(SETTING) == f"{shared}; keepstill 0.1.0, itk 5.4.7"
+    machine = "EPYC, 2 cores, load 0.1 beforehand; 2026-11-20"
+    how = "median of 3 repeats; ranks bound by nothing"
+    assert heading(SETTING) == f"{machine}; {how}; keepstill 0.1.0, itk 5.4.7"
     assert "load 7 beforehand, so processor time is the figure" in heading(SETTING | {"load": 7.0})
 
 

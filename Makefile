@@ -66,7 +66,7 @@ bench-blobs: .venv/run.stamp
 	@.venv/bin/python benchmarks/blobs.py
 
 clean:
-	rm -rf .venv .venv-peers .snakemake results/demo $(PHANTOM) $(PHANTOM).part $(PHANTOM)-realigned \
+	rm -rf .venv .venv-peers .snakemake results/demo results/ladder $(PHANTOM) $(PHANTOM).part $(PHANTOM)-realigned \
 		.hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find workflow tests -depth \( -name __pycache__ -o -name '*.egg-info' \) -exec rm -rf {} +
 

@@ -227,7 +227,7 @@ def done(request, tmp_path):
 
 def test_a_complete_study_has_nothing_to_do(done):
     study, _, _ = done
-    assert study().make_plan() == ((), (), False, ())
+    assert study().make_plan() == ((), (), False, (), ())
     assert study().make_plan().in_words(study().n_runs) == "1 run, all complete; nothing to do"
 
 
@@ -236,24 +236,24 @@ def test_a_change_in_one_echo_redoes_it_alone_unless_it_shows_the_motion(done):
     sidecar = paths[2].with_name(f"{LEADER}_echo-3_bold.json")
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"FlipAngle": 60}))
     plan = study().make_plan()
-    assert plan == ((), (), False, (f"{LEADER}_echo-3",))
+    assert plan == ((), (), False, (f"{LEADER}_echo-3",), ())
     assert plan.in_words(1) == "1 run, all realigned; 1 of their echoes to reslice"
     runs.write_run(paths[0], runs.ball_run(5, seed=9), sidecar=False)
     plan, every = study().make_plan(), tuple(f"{LEADER}_echo-{k}" for k in (1, 2, 3))
     if estimate_echo == "shortest":  # echo 2 is, and is as it was
-        assert plan == ((), (), False, every[::2])
+        assert plan == ((), (), False, every[::2], ())
         runs.write_run(paths[1], runs.ball_run(5, seed=8), sidecar=False)
         plan = study().make_plan()
-    assert plan == ((LEADER,), (), False, every)
+    assert plan == ((LEADER,), (), False, every, ())
 
 
 def test_a_lost_file_redoes_what_made_it(done):
     study, _, _ = done
     folder = study().output_dir / "sub-01" / "func"
     (folder / f"{LEADER}_desc-hmc_boldref.nii.gz").unlink()
-    assert study().make_plan() == ((LEADER,), (), False, ())
+    assert study().make_plan() == ((LEADER,), (), False, (), ())
     (folder / f"{LEADER}_echo-1_desc-hmc_bold.nii.gz").unlink()
-    assert study().make_plan() == ((LEADER,), (), False, (f"{LEADER}_echo-1",))
+    assert study().make_plan() == ((LEADER,), (), False, (f"{LEADER}_echo-1",), ())
 
 
 def test_what_a_run_and_its_echoes_will_take(done):

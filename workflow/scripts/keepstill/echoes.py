@@ -61,6 +61,7 @@ def realign_echo(
     staging = replace(
         settings,
         reference="first",
+        shared_reference="",
         reslice=False,
         estimate=replace(settings.estimate, model_volumes=0),
     )

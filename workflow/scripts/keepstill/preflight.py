@@ -16,16 +16,16 @@ from isal import isal_zlib
 
 from keepstill.bids import Run
 from keepstill.errors import InputError, counted
-from keepstill.manifest import REFERENCES
 from keepstill.nifti import (
     GZIP_MAGIC,
     HEADER_BYTES,
     Layout,
     check_run_shape,
+    check_same_grid,
     check_units,
     parse_layout,
 )
-from keepstill.settings import CHECK_EVERY, SBREF, RealignSettings
+from keepstill.settings import CHECK_EVERY, RealignSettings
 from keepstill.study import Plan, Study
 
 # CPU seconds of a run: 5 to start Python for each step and to draw the page, and 2.9 for the 29.5
@@ -103,7 +103,7 @@ def preflight(study: Study, plan: Plan) -> Iterator[str]:
 
 def study_needs(study: Study, names: Iterable[str]) -> Needs:
     """What these runs of a study will take."""
-    grid_voxels = _reference_voxels(study.settings)
+    images = _Images(study)
     output_bytes = lane_bytes = cpu_s = 0.0
     refused = []
     for name in names:
@@ -111,10 +111,14 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
             layout = read_layout(study.runs[name].source, name, study.settings.affine_source)
             check_run_shape(layout, name, study.settings.in_plane)
             check_units(layout, name)
+            settings, image = study.settings_of(name), images.layout(name)
+            if image and settings.shared_reference and settings.grid == "auto":
+                check_same_grid(layout, image, name, Path(settings.shared_reference).name)
         except InputError as error:
             refused.append((name, str(error).removeprefix(f"{name}: ")))
             continue
-        needs = _needs_of(study.runs[name], layout, study.settings, grid_voxels)
+        grid_voxels = math.prod(image.shape[:3]) if image and settings.grid != "own" else None
+        needs = _needs_of(study.runs[name], layout, settings, grid_voxels)
         output_bytes += needs.output_bytes
         lane_bytes = max(lane_bytes, needs.lane_bytes)
         cpu_s += needs.cpu_s
@@ -228,14 +232,24 @@ def _inflated(first_bytes: bytes, run: str) -> bytes:
         raise InputError(f"{run}: the gzip stream is damaged ({error})") from error
 
 
-def _reference_voxels(settings: RealignSettings) -> int | None:
-    """Voxels of the file that serves as reference; None if volumes of the runs serve."""
-    if settings.reference in (*REFERENCES, SBREF):
-        return None
-    with contextlib.suppress(InputError):  # realign says what is wrong
-        nx, ny, nz = read_layout(Path(settings.reference), "reference").shape[:3]
-        return nx * ny * nz
-    return None
+class _Images:
+    """Headers of the images in whose space runs end, each read once."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._layouts: dict[Path, Layout | None] = {}
+
+    def layout(self, run: str) -> Layout | None:
+        """That of a run's image; None if the run ends in its own space, or it cannot be read."""
+        scope = self._study.made_for(run)
+        path = self._study.firsts[scope].source if scope else self._study.settings_of(run).image
+        if path is None:
+            return None
+        if path not in self._layouts:
+            self._layouts[path] = None
+            with contextlib.suppress(InputError):  # stage or realign says what is wrong
+                self._layouts[path] = read_layout(path, path.name)
+        return self._layouts[path]
 
 
 def _refused_in_words(refused: tuple[tuple[str, str], ...]) -> str:

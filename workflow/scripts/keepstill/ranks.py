@@ -4,14 +4,18 @@ Nothing of the series travels between ranks: each maps the staged file, writes i
 their own offsets, and only transforms are gathered.
 """
 
+import fcntl
 import io
 import json
 import logging
 import os
 import sys
+import termios
 import time
 import traceback
+from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -22,10 +26,10 @@ from keepstill import geometry
 from keepstill.error_bars import with_error_bars
 from keepstill.errors import InputError, KeepstillError, LaunchError
 from keepstill.estimate import Estimate
+from keepstill.figures import centre_of_gravity
 from keepstill.itk_bridge import require_itk
 from keepstill.itk_engine.check import check_volumes, checked_volumes, disagreement
 from keepstill.itk_engine.run import realign_by_itk
-from keepstill.manifest import REFERENCES
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
@@ -34,6 +38,7 @@ from keepstill.realign import (
     Task,
     choose_target,
     estimate_volumes,
+    find_space,
     finish_volumes,
     fitted_volumes,
     lowest_motion_target,
@@ -42,7 +47,6 @@ from keepstill.realign import (
     median_target,
     merged,
     model_volumes,
-    with_space,
     write_residuals,
 )
 from keepstill.run_model import NO_MODEL, RunModel, fit_run_model
@@ -57,6 +61,9 @@ _SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
 
 # How long a rank sleeps between two looks at whether the others have come.
 _NAP_S = 0.0005
+
+# How long a rank that crashes waits for the launcher to read its traceback.
+_LAST_WORDS_S = 1.0
 
 T = TypeVar("T")
 
@@ -108,11 +115,25 @@ class World:
         return self._comm.bcast(value)
 
     def abort(self, code: int) -> NoReturn:
-        """End all ranks."""
+        """End all ranks, once the launcher has read what this one said."""
         sys.stdout.flush()
         sys.stderr.flush()
+        _await_reader(sys.stderr.fileno())
         self._comm.Abort(code)
         os._exit(code)  # not reached, but the type checker cannot know
+
+
+def _await_reader(pipe: int) -> None:
+    """Wait until the reader of a pipe has taken what is in it, or a second.
+
+    A launcher that is told to end all ranks drops what it has not read yet.
+    """
+    deadline_s = time.monotonic() + _LAST_WORDS_S
+    unread = array("i", [1])
+    with suppress(OSError):  # not a pipe
+        while unread[0] and time.monotonic() < deadline_s:
+            time.sleep(_NAP_S)
+            fcntl.ioctl(pipe, termios.FIONREAD, unread)
 
 
 def together(world: Alone | World, work: Callable[[], T]) -> T:
@@ -209,7 +230,8 @@ def run_in_world(n_ranks: int | None, work: Callable[[Alone | World], None]) -> 
     except KeyboardInterrupt:
         world.abort(130)
     except Exception:
-        traceback.print_exc()
+        # In one piece: by line, a launcher may hear of the end between two of them.
+        sys.stderr.write(traceback.format_exc())
         world.abort(1)
     return 0
 
@@ -251,11 +273,11 @@ def realign_staged(
     if settings.uses_itk:
         together(world, require_itk)
     run = open_staged(stage_dir)
-    target = together(world, lambda: choose_target(run, settings))
-    if settings.reslices_twice or settings.reference == "lowest-motion":
-        target = _second_target(Task(run, target, settings), world, crew)
-    elif settings.reference not in REFERENCES:
-        target = on_first(world, lambda: with_space(run, target, settings))
+    target = own_target(run, settings, world, crew)
+    if image := settings.image:
+        own = target.reference
+        space = on_first(world, lambda: find_space(run.run, own, image, settings))
+        target = replace(target, space=space)
     task = Task(run, target, settings)
     by_itk = settings.engine == "itk"
     found = (_realign_all_by_itk if by_itk else _realign_all)(task, world, crew)
@@ -264,6 +286,22 @@ def realign_staged(
         check = None if by_itk else _checked_by_itk(task, found, world, crew)
         on_first(world, lambda: _note_itk(stage_dir, check))
     on_first(world, lambda: _finish(stage_dir, run, target, found))
+
+
+def own_target(
+    run: StagedRun, settings: RealignSettings, world: Alone | World, crew: Crew
+) -> Target:
+    """What of a run the settings name as reference, whether or not it ends elsewhere.
+
+    Raises
+    ------
+    InputError
+        If it shows no head.
+    """
+    target = together(world, lambda: choose_target(run, settings))
+    if settings.reslices_twice or settings.reference == "lowest-motion":
+        return _second_target(Task(run, target, settings), world, crew)
+    return target
 
 
 def _second_target(task: Task, world: Alone | World, crew: Crew) -> Target:
@@ -354,10 +392,12 @@ def _refuse_if_none(run: StagedRun, found: Part) -> None:
 
 def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
     estimates = list(found.estimates.values())
-    end, centre_mm = target.space or target.reference, target.reference.centre_mm
+    own, end = target.reference, target.space or target.reference
+    centre_mm, run_from_reference = own.centre_mm, np.eye(4)
     statuses = [e.status for e in estimates]
     if target.space:
-        centre_mm = geometry.world(geometry.inverse(target.space.reference_from_space), centre_mm)
+        run_from_reference = target.space.reference_from_space
+        centre_mm = geometry.world(geometry.inverse(run_from_reference), centre_mm)
         statuses = ["ok" if status == "reference" else status for status in statuses]
     missing = np.zeros((0, 0, 0), np.bool_) if found.missing is None else found.missing
     saved = io.BytesIO()
@@ -372,6 +412,8 @@ def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
         n_lost_slices=np.array([len(e.lost_slices) for e in estimates]),
         covariance=np.array([e.covariance for e in estimates]),
         centre_mm=centre_mm,
+        run_from_reference=run_from_reference,
+        run_centre_voxel=centre_of_gravity(own.volume),
         reference=end.volume,
         affine=end.affine,
         missing=missing,

@@ -19,8 +19,13 @@ _ITK_REFERENCES = ("first", "middle")
 # On what the motion of a multi-echo run is estimated, if not on an echo by its number.
 SHORTEST, ALL_MEAN = "shortest", "all-mean"
 
+# References that every run has one of in itself. Anything else but `SBREF` is the path of a file.
+REFERENCES = ("first", "middle", "mean", "median", "lowest-motion")
 # A reference that is another file for each run; it is resolved to that file's path.
 SBREF = "sbref"
+# Runs that end in one space, and on which grid.
+SCOPES = ("run", "session", "subject")
+GRIDS = ("auto", "reference", "own")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,12 @@ class RealignSettings:
     reference : str
         ``first``, ``middle``, ``mean``, ``median``, ``lowest-motion``, ``sbref`` or the path of
         a 3-D NIfTI file.
+    shared_reference : str
+        Path of the image in whose space the run ends together with others; empty if it ends in
+        its own. `reference` then says what the run's motion is relative to before that.
+    grid : str
+        Grid of a run that ends in the space of an image: that of the image (``reference``), the
+        run's ``own``, or ``auto``: that of the image, which must not differ if it is shared.
     interpolation_degree : int
         Degree of the B-spline that reslices, 1 to 5.
     outside : str
@@ -108,6 +119,8 @@ class RealignSettings:
     """
 
     reference: str = "first"
+    shared_reference: str = ""
+    grid: str = "auto"
     interpolation_degree: int = 5
     outside: str = "zero"
     common_field: bool = False
@@ -141,6 +154,7 @@ class RealignSettings:
             raise SettingsError(
                 f"output_dtype: {self.output_dtype!r} found; needs float32 or int16"
             )
+        _check_space(self)
         _check_outside(self)
         _check_fd_filter(self)
         _check_engine(self)
@@ -165,6 +179,26 @@ class RealignSettings:
         """Whether the reference is made of realigned volumes."""
         return self.reference in ("mean", "median")
 
+    @property
+    def image(self) -> Path | None:
+        """File in whose space the run ends; None if that is its own."""
+        if self.shared_reference:
+            return Path(self.shared_reference)
+        return None if self.reference in (*REFERENCES, SBREF) else Path(self.reference)
+
+    @property
+    def for_sharing(self) -> "RealignSettings":
+        """Those that a reference depends on which others share; nothing is resliced."""
+        return RealignSettings(
+            reference=self.reference,
+            interpolation_degree=self.interpolation_degree,
+            reslice=False,
+            affine_source=self.affine_source,
+            dummy_scans=self.dummy_scans,
+            in_plane=self.in_plane,
+            estimate=self.estimate,
+        )
+
     def to_json(self) -> str:
         """These settings as one line of JSON with sorted keys, equal for equal settings."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -188,6 +222,17 @@ class RealignSettings:
         _refuse_unknown(cls, values)
         _refuse_unknown(EstimateSettings, nested)
         return cls(estimate=EstimateSettings(**nested), **values)
+
+
+def _check_space(settings: RealignSettings) -> None:
+    """Refuse a grid that is none, and two images at once."""
+    if settings.grid not in GRIDS:
+        raise SettingsError(f"grid: {settings.grid!r} found; needs {', '.join(GRIDS)}")
+    if settings.shared_reference and settings.reference not in (*REFERENCES, SBREF):
+        raise SettingsError(
+            f"reference: {settings.reference} found beside a shared reference; needs "
+            f"{', '.join(REFERENCES)} or {SBREF}, or no shared reference"
+        )
 
 
 def _check_outside(settings: RealignSettings) -> None:
@@ -245,13 +290,15 @@ def _check_engine(settings: RealignSettings) -> None:
             f"reference: {settings.reference} found; engine: itk needs "
             f"{' or '.join(_ITK_REFERENCES)} (check: itk takes any)"
         )
+    if settings.shared_reference:
+        raise SettingsError("engine: itk found; a shared reference needs native (or check: itk)")
     if settings.outside == "nearest":
         raise SettingsError("outside: nearest found; engine: itk needs zero or nan")
 
 
 def with_sbref(settings: RealignSettings, sbref: Path | None) -> RealignSettings:
     """Settings that name a run's single-band reference by its path, if they ask for it."""
-    if settings.reference != SBREF or sbref is None:
+    if settings.reference != SBREF or sbref is None or settings.shared_reference:
         return settings
     return replace(settings, reference=str(sbref.absolute()))
 

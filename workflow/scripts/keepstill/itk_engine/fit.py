@@ -107,6 +107,7 @@ def estimate_by_itk(
     _iterate(pair, coarse, fit)
     if fit.mean_square > _POOR * float(coarse.values.var()):
         fit = _best_start(pair)
+        fit.lost = fit.mean_square > _MOST_UNEXPLAINED * float(coarse.values.var())
     for level in finer:
         if not fit.lost:
             _iterate(pair, level, fit)

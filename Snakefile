@@ -11,6 +11,7 @@ configfile: Path(workflow.basedir) / "config" / "config.yaml"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/cluster.smk"
 include: "workflow/rules/stage.smk"
 include: "workflow/rules/realign.smk"
 include: "workflow/rules/collect.smk"

@@ -32,6 +32,7 @@ LAYERS = (
     ("config",),
     ("config_files", "study", "simulate"),
     ("preflight", "selftest"),
+    ("job_requests",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

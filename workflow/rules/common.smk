@@ -13,7 +13,7 @@ CLONE, SCRIPTS = RULES.parents[1], RULES.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from keepstill.config_files import refuse_templates
-from keepstill.errors import KeepstillError
+from keepstill.errors import KeepstillError, counted
 from keepstill.lanes import launch_command
 from keepstill.manifest import manifest_path
 from keepstill.preflight import preflight
@@ -44,7 +44,6 @@ def or_refuse(function, *args):
 def read_plan():
     """What is to do. A job on a cluster node is told its targets and needs no plan."""
     if not workflow.is_main_process:
-        HELD.append(or_refuse(hold_stage, STUDY))
         return Plan((), (), False)
     or_refuse(refuse_templates, map(Path, workflow.configfiles))
     plan = plan_study(STUDY)
@@ -120,6 +119,7 @@ def rank_command(wildcards, resources):
 
 def collected_flag(wildcards):
     """What page and echoes wait for: a run, or the run that an echo is of, if it is to do."""
+    settle()
     run = STUDY.moved_by(wildcards.run)
     is_to_do = run in TO_DO if workflow.is_main_process else not STUDY.is_complete(run)
     return flag("collected", run) if is_to_do else []

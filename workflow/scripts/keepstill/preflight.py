@@ -111,15 +111,15 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
         except InputError as error:
             refused.append((name, str(error).removeprefix(f"{name}: ")))
             continue
-        needs = _needs_of(study.runs[name], layout, study.settings, grid_voxels)
+        needs = needs_of(study.runs[name], layout, study.settings, grid_voxels)
         output_bytes += needs.output_bytes
         lane_bytes = max(lane_bytes, needs.lane_bytes)
         cpu_s += needs.cpu_s
     return Needs(output_bytes, lane_bytes, cpu_s, tuple(refused))
 
 
-def _needs_of(
-    run: Run, layout: Layout, settings: RealignSettings, grid_voxels: int | None
+def needs_of(
+    run: Run, layout: Layout, settings: RealignSettings, grid_voxels: int | None = None
 ) -> Needs:
     """What one run will take; a multi-echo run and its echoes share out what is written."""
     whole = run_needs(layout, settings, grid_voxels)

@@ -95,7 +95,7 @@ clean:
 		--require-hashes -r envs/peers.txt
 	@touch $@
 
-.venv/test.stamp: .venv/run.stamp envs/test.txt
+.venv/test.stamp: .venv/run.stamp envs/test.txt envs/slurm.txt
 	@echo "adding the test tools to .venv (once, about a minute and 2 GB)"
-	@$(PIP_INSTALL) --require-hashes -r envs/test.txt
+	@$(PIP_INSTALL) --require-hashes -r envs/test.txt -r envs/slurm.txt
 	@touch $@

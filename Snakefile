@@ -18,6 +18,7 @@ include: "workflow/rules/ladder.smk"
 if not is_called_for("ladder"):
 
     include: "workflow/rules/common.smk"
+    include: "workflow/rules/cluster.smk"
     include: "workflow/rules/reference.smk"
     include: "workflow/rules/stage.smk"
     include: "workflow/rules/realign.smk"

@@ -16,6 +16,7 @@ include: "workflow/rules/realign.smk"
 include: "workflow/rules/collect.smk"
 include: "workflow/rules/echoes.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/large.smk"
 
 
 localrules:

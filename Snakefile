@@ -25,6 +25,7 @@ if not is_called_for("ladder"):
     include: "workflow/rules/collect.smk"
     include: "workflow/rules/echoes.smk"
     include: "workflow/rules/report.smk"
+    include: "workflow/rules/large.smk"
 
     localrules:
         all,

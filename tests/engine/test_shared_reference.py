@@ -322,6 +322,13 @@ def test_a_reference_that_fails_is_told_once(images, tmp_path):
         f"sub-01: no reference from {FIRST}, so 3 runs not begun: the gzip stream is damaged; copy "
         "it again"
     ]
+    source_of(place.raw, FIRST).write_bytes(b"no run")
+    refused = dict(study_needs(study, study.runs).refused)
+    assert list(refused) == [FIRST, SECOND, LATER]
+    assert refused[LATER] == (
+        "no sub-01_desc-shared_boldref.nii.gz, in whose space it is to end: what that is made of "
+        "cannot be read"
+    )
     log.write_text("keepstill: sub-01: reference made\n")
     assert study.failures(plan, since_s) == ["3 runs not finished; the next call goes on with them"]
 

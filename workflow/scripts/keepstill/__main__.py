@@ -110,20 +110,7 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "'sbref' the single-band reference beside the run "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--shared-reference",
-        type=Path,
-        metavar="FILE",
-        help="image in whose space the run ends with others, as the workflow makes it of the first "
-        "run of a session or subject; --reference then says what motion is relative to",
-    )
-    parser.add_argument(
-        "--grid",
-        choices=GRIDS,
-        default=default.grid,
-        help="grid of a run that ends in the space of an image: that of the image or the run's own "
-        "(default: %(default)s, that of the image, which must be alike if it is shared)",
-    )
+    _add_space_arguments(parser)
     _add_reslice_arguments(parser)
     parser.add_argument(
         "--no-reslice", action="store_true", help="write transforms and tables only"
@@ -156,6 +143,24 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_fd_filter_arguments(parser)
     _add_run_arguments(parser)
+
+
+def _add_space_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where a run ends that does not end in its own space."""
+    parser.add_argument(
+        "--shared-reference",
+        type=Path,
+        metavar="FILE",
+        help="image in whose space the run ends with others, as the workflow makes it of the first "
+        "run of a session or subject; --reference then says what motion is relative to",
+    )
+    parser.add_argument(
+        "--grid",
+        choices=GRIDS,
+        default=RealignSettings().grid,
+        help="grid of a run that ends in the space of an image: that of the image or the run's own "
+        "(default: %(default)s, that of the image, which must be alike if it is shared)",
+    )
 
 
 def _add_fd_filter_arguments(parser: argparse.ArgumentParser) -> None:

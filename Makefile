@@ -66,7 +66,7 @@ bench-blobs: .venv/run.stamp
 	@.venv/bin/python benchmarks/blobs.py
 
 clean:
-	rm -rf .venv .venv-peers .snakemake results/demo $(PHANTOM) $(PHANTOM).part $(PHANTOM)-realigned \
+	rm -rf .venv .venv-peers .snakemake results/demo results/ladder $(PHANTOM) $(PHANTOM).part $(PHANTOM)-realigned \
 		.hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find workflow tests -depth \( -name __pycache__ -o -name '*.egg-info' \) -exec rm -rf {} +
 
@@ -95,7 +95,7 @@ clean:
 		--require-hashes -r envs/peers.txt
 	@touch $@
 
-.venv/test.stamp: .venv/run.stamp envs/test.txt
+.venv/test.stamp: .venv/run.stamp envs/test.txt envs/slurm.txt
 	@echo "adding the test tools to .venv (once, about a minute and 2 GB)"
-	@$(PIP_INSTALL) --require-hashes -r envs/test.txt
+	@$(PIP_INSTALL) --require-hashes -r envs/test.txt -r envs/slurm.txt
 	@touch $@

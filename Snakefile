@@ -18,12 +18,14 @@ include: "workflow/rules/ladder.smk"
 if not is_called_for("ladder"):
 
     include: "workflow/rules/common.smk"
+    include: "workflow/rules/cluster.smk"
     include: "workflow/rules/reference.smk"
     include: "workflow/rules/stage.smk"
     include: "workflow/rules/realign.smk"
     include: "workflow/rules/collect.smk"
     include: "workflow/rules/echoes.smk"
     include: "workflow/rules/report.smk"
+    include: "workflow/rules/large.smk"
 
     localrules:
         all,

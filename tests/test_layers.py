@@ -33,6 +33,7 @@ LAYERS = (
     ("config", "shared_reference"),
     ("config_files", "study", "simulate"),
     ("preflight", "selftest", "ladder"),
+    ("job_requests",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

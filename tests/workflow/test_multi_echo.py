@@ -35,7 +35,8 @@ def folder_of(out: Path, name: str) -> Path:
 def test_one_motion_a_run_and_a_file_an_echo(place: Path) -> None:
     for name in NAMES:
         made = {path.name for path in folder_of(place / "out", name).glob("*echo*")}
-        stems = [f"{name}_echo-{echo}_desc-hmc_bold" for echo in (1, 2)]
+        kinds = ("desc-hmc_bold", "stat-tsnr_desc-hmc_boldmap")
+        stems = [f"{name}_echo-{echo}_{kind}" for echo in (1, 2) for kind in kinds]
         assert made == {stem + ending for stem in stems for ending in (".nii.gz", ".json")}
         assert (place / "out" / "pages" / f"{name}.html").is_file()
     assert len(list((place / "out" / "pages").glob("*.html"))) == len(NAMES)
@@ -66,7 +67,7 @@ def test_command_line_makes_the_same_bytes(place: Path) -> None:
               str(place / "memory"), "--threads", "1"])  # fmt: skip
     assert ended.value.code == 0
     alone = sorted(path for path in (place / "alone").glob("sub-*"))
-    assert len(alone) == 2 * 9
+    assert len(alone) == 2 * 11
     for path in alone:
         assert path.read_bytes() == (folder_of(place / "out", name) / path.name).read_bytes()
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from keepstill.config_files import refuse_templates
+from keepstill.errors import counted
 from keepstill.lanes import launch_command
 from keepstill.manifest import manifest_path
 from keepstill.preflight import preflight
@@ -24,7 +25,6 @@ def tell(text):
 def read_plan():
     """What is to do. A job on a cluster node is told its targets and needs no plan."""
     if not workflow.is_main_process:
-        HELD.append(or_refuse(hold_stage, STUDY))
         return Plan((), (), False)
     or_refuse(refuse_templates, map(Path, workflow.configfiles))
     plan = plan_study(STUDY)
@@ -102,6 +102,7 @@ def rank_command(wildcards, resources):
 
 def shared_flag(wildcards):
     """What stage waits for: the reference of a run's scope, if it is to make."""
+    settle()
     scope = STUDY.made_for(wildcards.run)
     if workflow.is_main_process:
         return flag("shared", scope) if scope in PLAN.references else []
@@ -110,6 +111,7 @@ def shared_flag(wildcards):
 
 def collected_flag(wildcards):
     """What page and echoes wait for: a run, or the run that an echo is of, if it is to do."""
+    settle()
     run = STUDY.moved_by(wildcards.run)
     is_to_do = run in TO_DO if workflow.is_main_process else not STUDY.is_complete(run)
     return flag("collected", run) if is_to_do else []

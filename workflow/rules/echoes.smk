@@ -10,12 +10,14 @@ rule reslice_echo:
         benchmark_of("reslice_echo")
     priority: 25
     group:
-        "run"
+        GROUP
     conda:
         "../../envs/keepstill.yaml"
     threads: 1
+    resources:
+        **RUN_REQUEST,
     params:
-        guard=script("guard.sh"),
+        guard=guard,
         script=script("reslice_echo.py"),
         bold=lambda wildcards: str(STUDY.runs[wildcards.run].source),
         leader=lambda wildcards: STUDY.moved_by(wildcards.run),

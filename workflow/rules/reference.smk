@@ -9,10 +9,12 @@ rule stage_reference:
         benchmark_of("stage_reference", "{scope}")
     priority: 0
     group:
-        "reference"
+        REFERENCE_GROUP
     conda:
         "../../envs/keepstill.yaml"
     threads: 1
+    resources:
+        **SHARED_STEP_REQUEST,
     params:
         guard=script("guard.sh"),
         script=script("stage_run.py"),
@@ -38,10 +40,12 @@ rule make_reference:
         benchmark_of("make_reference", "{scope}")
     priority: 20
     group:
-        "reference"
+        REFERENCE_GROUP
     conda:
         "../../envs/keepstill.yaml"
     threads: 1
+    resources:
+        **SHARED_REQUEST,
     params:
         guard=script("guard.sh"),
         launch=script("launch.py"),

@@ -9,12 +9,14 @@ rule stage:
         benchmark_of("stage")
     priority: 0
     group:
-        "run"
+        GROUP
     conda:
         "../../envs/keepstill.yaml"
     threads: 1
+    resources:
+        **STEP_REQUEST,
     params:
-        guard=script("guard.sh"),
+        guard=guard,
         script=script("stage_run.py"),
         bold=lambda wildcards: str(STUDY.runs[wildcards.run].source),
         origin=lambda wildcards: STUDY.origin(STUDY.runs[wildcards.run]),

@@ -23,8 +23,18 @@ PACKAGE = Path(__file__).parent
 # What cannot change a run's voxels, motion or tables: where and when things run, what is shown and
 # said, what is written beside them. A test holds this against what the work on a run imports.
 WITHOUT_EFFECT = (
-    *("__init__", "__main__", "config", "config_files", "errors", "files", "ladder", "lanes"),
-    *("manifest", "misnamed", "multi_echo", "phantom", "preflight", "progress", "report"),
+    *("__init__", "__main__", "config", "config_files", "errors", "files", "job_requests"),
+    *(
+        "ladder",
+        "lanes",
+        "manifest",
+        "misnamed",
+        "multi_echo",
+        "phantom",
+        "preflight",
+        "progress",
+        "report",
+    ),
     *(
         "run_table",
         "scopes",

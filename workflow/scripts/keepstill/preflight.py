@@ -103,7 +103,7 @@ def preflight(study: Study, plan: Plan) -> Iterator[str]:
 
 def study_needs(study: Study, names: Iterable[str]) -> Needs:
     """What these runs of a study will take."""
-    images = _Images(study)
+    images = Images(study)
     output_bytes = lane_bytes = cpu_s = 0.0
     refused = []
     for name in names:
@@ -117,21 +117,30 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
         except InputError as error:
             refused.append((name, str(error).removeprefix(f"{name}: ")))
             continue
-        grid_voxels = math.prod(image.shape[:3]) if image and settings.grid != "own" else None
-        needs = _needs_of(study.runs[name], layout, settings, grid_voxels)
+        needs = needs_of(study.runs[name], layout, settings, image)
         output_bytes += needs.output_bytes
         lane_bytes = max(lane_bytes, needs.lane_bytes)
         cpu_s += needs.cpu_s
-        if study.settings.uses_itk and study.runs[name].leader is None:
-            cpu_s += itk_cpu_s(layout, study.settings)
     return Needs(output_bytes, lane_bytes, cpu_s, tuple(refused))
 
 
-def _needs_of(
-    run: Run, layout: Layout, settings: RealignSettings, grid_voxels: int | None
+def needs_of(
+    run: Run, layout: Layout, settings: RealignSettings, image: Layout | None = None
 ) -> Needs:
-    """What one run will take; a multi-echo run and its echoes share out what is written."""
+    """What one run will take; a multi-echo run and its echoes share out what is written.
+
+    Parameters
+    ----------
+    run : Run
+    layout : Layout
+    settings : RealignSettings
+    image : Layout, optional
+        Of the image in whose space the run ends, if it ends in another than its own.
+    """
+    grid_voxels = math.prod(image.shape[:3]) if image and settings.grid != "own" else None
     whole = run_needs(layout, settings, grid_voxels)
+    if settings.uses_itk and run.leader is None:
+        whole = replace(whole, cpu_s=whole.cpu_s + itk_cpu_s(layout, settings))
     if not (run.echoes or run.leader):
         return whole
     without = run_needs(layout, replace(settings, reslice=False), grid_voxels)
@@ -141,8 +150,10 @@ def _needs_of(
         lane_bytes = whole.lane_bytes + mean
         return replace(whole, output_bytes=without.output_bytes, lane_bytes=lane_bytes)
     mvoxels = (whole.cpu_s - CPU_S_PER_RUN) / CPU_S_PER_MVOXEL
+    n_voxels = grid_voxels or math.prod(layout.shape[:3])
+    tsnr = n_voxels * BYTES_PER_VOXEL["float32"] * COMPRESSED
     return Needs(
-        output_bytes=whole.output_bytes - without.output_bytes,
+        output_bytes=whole.output_bytes - without.output_bytes + tsnr,
         lane_bytes=without.lane_bytes,
         cpu_s=CPU_S_PER_ECHO + CPU_S_PER_ECHO_MVOXEL * mvoxels,
     )
@@ -232,7 +243,7 @@ def _inflated(first_bytes: bytes, run: str) -> bytes:
         raise InputError(f"{run}: the gzip stream is damaged ({error})") from error
 
 
-class _Images:
+class Images:
     """Headers of the images in whose space runs end, each read once."""
 
     def __init__(self, study: Study) -> None:

@@ -4,6 +4,7 @@ Nothing of the series travels between ranks: each maps the staged file, writes i
 their own offsets, and only transforms are gathered.
 """
 
+import contextlib
 import fcntl
 import io
 import json
@@ -59,6 +60,9 @@ _WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
 # What srun says of its step, with or without a PMI that would let the tasks find each other.
 _SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
 
+# Of the names of shared memory that MPICH maps.
+_SEGMENT = "/dev/shm/mpich_shm_"
+
 # How long a rank sleeps between two looks at whether the others have come.
 _NAP_S = 0.0005
 
@@ -96,6 +100,8 @@ class World:
 
         self._comm = MPI.COMM_WORLD
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        self._rest()  # until all ranks have mapped what they share
+        unlink_segments(Path("/proc/self/maps"))
 
     def _rest(self) -> None:
         """Sleep until all ranks are here: MPI's own waiting keeps a core busy."""
@@ -170,6 +176,24 @@ def on_first(world: Alone | World, work: Callable[[], T]) -> T:
     """Rank 0's value of some work that it alone does, on all ranks; errors as in `together`."""
     value: T = world.bcast(together(world, lambda: work() if world.rank == 0 else None))
     return value
+
+
+def unlink_segments(maps: Path) -> None:
+    """Take the names off the shared memory that MPICH has mapped here; the memory stays.
+
+    Ranks that are killed, or abort, would leave it in /dev/shm for ever (2 MB a run). Open MPI
+    maps such memory later, and keeps its names.
+
+    Parameters
+    ----------
+    maps : Path
+        This process's, as /proc has them.
+    """
+    with contextlib.suppress(OSError):
+        lines = maps.read_text().splitlines()
+        paths = {line.split(maxsplit=5)[-1] for line in lines if _SEGMENT in line}
+        for path in paths:
+            Path(path).unlink(missing_ok=True)  # an unlinked one ends in " (deleted)"
 
 
 def launched_size() -> int | None:

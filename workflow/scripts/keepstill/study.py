@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,6 +57,8 @@ ERROR_PREFIX = "keepstill: "  # of an error's line in a log
 EXIT_PREFIX = "exit status "  # of the last line of a failed job's log
 KILLED_PREFIX = "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: "  # MPICH's mpirun
 MAX_FAILURES_SHOWN = 50
+# Where Slurm, PBS, LSF and Grid Engine tell a job its number.
+_JOB_NUMBERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 
 class Plan(NamedTuple):
@@ -136,9 +139,12 @@ class Study:
         """Folder of this study in the stage root.
 
         Its name is a hash of what must agree for a staged run to be of use again, so what a
-        killed study left behind is never taken for the work of another.
+        killed study left behind is never taken for the work of another. A cluster job has a
+        folder of its own: that of a call that was killed may still be at work on the same node.
         """
-        identity = [str(self.output_dir), portable_settings(self.settings), engine_sha256()]
+        job = next((os.environ[name] for name in _JOB_NUMBERS if name in os.environ), None)
+        settings = portable_settings(self.settings)
+        identity = [job, str(self.output_dir), settings, engine_sha256()]
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return self.stage_root / name[:12]
 
@@ -335,11 +341,9 @@ class Study:
 
     def _reason(self, run: str, since_s: float, rules: Sequence[str] = RULES) -> str | None:
         """Why a run failed; None if none of its logs says that it did."""
-        for rule in reversed(rules):
-            log = self.log_path(rule, run)
-            if log.exists() and log.stat().st_mtime >= since_s:
-                return _failure(log, run)
-        return None
+        logs = (self.log_path(rule, run) for rule in reversed(rules))
+        fresh = (log for log in logs if log.exists() and log.stat().st_mtime >= since_s)
+        return next(filter(None, (_failure(log, run) for log in fresh)), None)
 
     def _has_study_page(self, complete: Iterable[str]) -> bool:
         made = (self.output_dir / "index.html",)
@@ -441,10 +445,16 @@ def clear_stage(study: Study, plan: Plan) -> None:
     for run in (*plan.runs, *plan.echoes, *plan.pages, *plan.references, "study"):
         for step in FLAGS:
             study.flag_path(run, step).unlink(missing_ok=True)
-    sweep_stage_root(study.stage_root)  # the study's own folder too, unless another call holds it
-    for folder in (study.stage_root, study.flag_dir):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    sweep_study(study)
+    with contextlib.suppress(OSError):
+        study.flag_dir.rmdir()
+
+
+def sweep_study(study: Study) -> None:
+    """Remove the study's stage directory, unless another call holds it, and an empty stage root."""
+    sweep_stage_root(study.stage_root)
+    with contextlib.suppress(OSError):
+        study.stage_root.rmdir()
 
 
 def hold_stage(study: Study) -> TextIO:

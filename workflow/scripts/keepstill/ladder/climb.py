@@ -18,16 +18,21 @@ from keepstill.bids import run_name
 from keepstill.errors import KeepstillError, LaunchError
 from keepstill.files import put_file, put_text
 from keepstill.ladder import itk_bridge
-from keepstill.ladder.classic import Matrix, Reference, estimate, prepare_reference
+from keepstill.ladder.classic import (
+    Matrix,
+    Reference,
+    estimate,
+    prepare_reference,
+    sampled_smooth,
+)
 from keepstill.ladder.reslicing import prepare_reslice
-from keepstill.ladder.rungs import FWHM_MM, WITH_FILES, Rung, slices_run
+from keepstill.ladder.rungs import WITH_FILES, Rung, slices_run
 from keepstill.ladder.teams import Alone, Ranks, Team, shares
 from keepstill.read import open_staged
 from keepstill.settings import RealignSettings
 from keepstill.stage import MOTION as STAGED_MOTION
 from keepstill.stage import stage_run
 
-BEGAN_S = time.perf_counter()
 SETTINGS = RealignSettings()
 MOTION, REALIGNED, SPENT = "motion.npy", "realigned.raw", "spent.json"
 
@@ -90,7 +95,7 @@ class Watch:
 class Spent:
     """What a rank spent before the clock started, in the loop over voxels, and on all else."""
 
-    start_up: Watch = field(default_factory=Watch)
+    start_up_cpu_s: float
     loop: Watch = field(default_factory=Watch)
     rest: Watch = field(default_factory=Watch)
 
@@ -108,14 +113,14 @@ class Classic:
         shape = (len(job.volumes), *self._run.voxels.shape[1:])
         self._out = np.memmap(job.folder / REALIGNED, np.float32, "r+", shape=shape)
         # What itk and numba load or compile when they are first called.
-        itk_bridge.sampled_smooth(self._run.volume(0), self._affine, FWHM_MM)
+        sampled_smooth(self._run.volume(0), self._affine)
         tiny = np.zeros((2, 2, 2), np.float32)
         prepare_reslice(job.rung.loop, tiny, np.eye(4), np.eye(4))(tiny.copy(), range(2))
 
     def work(self, spent: Spent) -> Motions:
         """Realign this rank's volumes, and with the others those that are left over."""
         with spent.rest.running():
-            smooth = itk_bridge.sampled_smooth(self._run.volume(0), self._affine, FWHM_MM)
+            smooth = sampled_smooth(self._run.volume(0), self._affine)
             reference = prepare_reference(smooth)
         mine = shares(len(self._job.volumes), self._team.size, self._team.rank)
         own = {i: self._realign(i, reference, Alone(), spent) for i in mine.own}
@@ -126,7 +131,7 @@ class Classic:
         """Estimate one volume, `moving_from_reference`, and reslice it."""
         with spent.rest.running():
             volume = self._run.volume(self._job.volumes[position])
-            smooth = itk_bridge.sampled_smooth(volume, self._affine, FWHM_MM)
+            smooth = sampled_smooth(volume, self._affine)
             found = estimate(smooth, reference, team, self._run.run)
             motion = np.asarray(np.linalg.inv(found), np.float64)
             fill = prepare_reslice(self._job.rung.loop, volume, self._affine, motion)
@@ -194,7 +199,7 @@ def climb(job: Job) -> None:
             "not belong together; use the mpirun that came with mpi4py's library"
         )
     way = Classic(job, team) if job.rung.is_classic else Engine(job, team)
-    spent = Spent(start_up=Watch(time.process_time(), time.perf_counter() - BEGAN_S))
+    spent = Spent(time.process_time())
     team.wait()
     motions = way.work(spent)
     gathered = team.gather((motions, asdict(spent)))

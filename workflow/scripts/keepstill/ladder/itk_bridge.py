@@ -40,7 +40,7 @@ def require_itk() -> None:
 
 
 def use_one_thread() -> None:
-    """Keep ITK's filters to one thread a process; its interpolator has no more anyway."""
+    """Keep ITK to one thread a process; its interpolator has no more anyway."""
     import itk
 
     itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(1)
@@ -48,19 +48,14 @@ def use_one_thread() -> None:
 
 def sampled(volume: Volume, affine: Matrix) -> Sampled:
     """Cubic B-spline through a volume (nz, ny, nx), to be asked at points (mm)."""
-    return _spline_of(_image_of(volume, affine))
-
-
-def sampled_smooth(volume: Volume, affine: Matrix, fwhm_mm: float) -> Sampled:
-    """Cubic B-spline through a volume (nz, ny, nx) that a Gaussian has smoothed."""
     import itk
 
     image = _image_of(volume, affine)
-    kind = itk.DiscreteGaussianImageFilter[type(image), type(image)]
-    sigma_mm = fwhm_mm / np.sqrt(8 * np.log(2))
-    smoothing = kind.New(Input=image, Variance=float(sigma_mm**2), MaximumKernelWidth=64)
-    smoothing.Update()
-    return _spline_of(smoothing.GetOutput())
+    spline = itk.BSplineInterpolateImageFunction[type(image), itk.D, itk.F].New()
+    spline.SetSplineOrder(SPLINE_DEGREE)
+    spline.SetInputImage(image)
+    nx, ny, nz = image.GetLargestPossibleRegion().GetSize()
+    return Sampled(image, spline, (nx - 1, ny - 1, nz - 1))
 
 
 def coefficients(volume: Volume) -> NDArray[np.float32]:
@@ -83,13 +78,3 @@ def _image_of(volume: Volume, affine: Matrix) -> Any:
     image.SetOrigin(affine[:3, 3].tolist())
     image.SetDirection(np.ascontiguousarray(affine[:3, :3] / sizes_mm))
     return image
-
-
-def _spline_of(image: Any) -> Sampled:
-    import itk
-
-    spline = itk.BSplineInterpolateImageFunction[type(image), itk.D, itk.F].New()
-    spline.SetSplineOrder(SPLINE_DEGREE)
-    spline.SetInputImage(image)
-    nx, ny, nz = image.GetLargestPossibleRegion().GetSize()
-    return Sampled(image, spline, (nx - 1, ny - 1, nz - 1))

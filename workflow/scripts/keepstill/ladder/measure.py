@@ -214,7 +214,7 @@ def cost_of(
     Parameters
     ----------
     ranks : sequence of mapping
-        Of each rank, ``cpu_s`` and ``wall_s`` of ``start_up``, ``loop`` and ``rest``.
+        Of each rank, ``start_up_cpu_s``, and ``cpu_s`` and ``wall_s`` of ``loop`` and ``rest``.
     scale : float
         The loop over voxels was run on one part in so many, and is multiplied up; the rest is not.
     n_volumes : int
@@ -233,7 +233,7 @@ def cost_of(
     return Cost(
         cpu_s=sum(cpu_s) / n_volumes,
         wall_s=max(wall_s) / n_volumes,
-        start_up_cpu_s=sum(rank["start_up"]["cpu_s"] for rank in ranks),
+        start_up_cpu_s=sum(rank["start_up_cpu_s"] for rank in ranks),
         start_up_wall_s=seconds - worked_s,
     )
 

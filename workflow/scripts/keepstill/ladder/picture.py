@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keepstill.ladder.measure import Figures
-from keepstill.ladder.table import times_less
+from keepstill.ladder.table import rounded, speed_up
 
 # Colours of Okabe and Ito, which most people can tell apart.
 COLOURS = {"cpu_s": "#0072B2", "wall_s": "#D55E00"}
-_NAMES = {"cpu_s": "processor time", "wall_s": "wall time"}
+_NAMES = {
+    "cpu_s": "processor time, s a volume (× speed-up over the first)",
+    "wall_s": "wall time, the same",
+}
 _LANE = {"cpu_s": -0.19, "wall_s": 0.19}
 
 
@@ -26,13 +29,13 @@ def draw(path: Path, figures: Sequence[Figures], title: str) -> None:
     for name, colour in COLOURS.items():
         lanes = [y + _LANE[name] for y in range(len(figures))]
         seconds = [getattr(line.cost, name) for line in figures]
-        axes.barh(lanes, seconds, 0.34, color=colour, label=f"{_NAMES[name]}, s a volume")
+        axes.barh(lanes, seconds, 0.34, color=colour, label=_NAMES[name])
         for y, value, line in zip(lanes, seconds, figures, strict=True):
-            less = times_less(figures, line)[name == "wall_s"]
-            label = f" {value:.3g} s" + (f", {less:.3g} times less" if line != figures[0] else "")
-            axes.text(value, y, label, va="center", fontsize=7)
+            gain = rounded(speed_up(figures, line)[name == "wall_s"])
+            axes.text(value, y, f" {value:.3g} s (× {gain})", va="center", fontsize=7)
     axes.set_xscale("log")
-    axes.set_xlim(right=8 * max(line.cost.cpu_s for line in figures))
+    everything = [seconds for line in figures for seconds in line.cost[:2]]
+    axes.set_xlim(min(everything) / 3, max(everything) * 4)
     axes.set_yticks(range(len(figures)), [_label(line) for line in figures], fontsize=7)
     axes.set_ylim(len(figures) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=7)

@@ -42,7 +42,7 @@ def put_ladder(trial: Trial, out: Path, clone: Path | None, terminal: TextIO) ->
     def tell(line: str) -> None:
         print(f"keepstill: ladder: {line}", file=terminal, flush=True)
 
-    setting = setting_of(trial.n_ranks, trial.n_repeats, os.getloadavg()[0])
+    setting = setting_of(trial, os.getloadavg()[0])
     figures = measure(trial, tell)
     made = to_json(figures, setting)
     lines = [heading(setting), "", full_table(figures), "", verdict(figures)]

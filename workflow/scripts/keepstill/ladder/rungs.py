@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 # What the classic rungs smooth by before they estimate. With points 4 voxels apart it has to be
-# wide: of two simulated heads, median errors were 0.036 and 0.026 mm at 8 mm, 0.021 and 0.025 at
-# 10, 0.019 and 0.033 at 12, 0.023 and 0.042 at 14.
-FWHM_MM = 10.0
+# wide: of two simulated heads, median errors were 0.028 and 0.023 mm at 7 mm, 0.017 and 0.021 at
+# 9, 0.017 and 0.024 at 10, 0.020 and 0.034 at 12.
+FWHM_MM = 9.0
 SAMPLING_STEP_VOXELS = 4
 SPLINE_DEGREE = 3
 TOLERANCE_MM = 0.01

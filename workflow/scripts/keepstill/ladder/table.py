@@ -10,27 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from keepstill import __version__
-from keepstill.ladder.measure import Cost, Figures
+from keepstill.ladder.measure import Cost, Figures, Trial
 
 AGREED_MM = 0.05
 REQUIRED_TIMES, STRETCH_TIMES = 200, 500
 _PACKAGES = ("itk", "numpy", "numba", "mpi4py")
 _COLUMNS = (
-    *("", "rung", "ranks", "CPU s a volume", "wall s a volume", "times less CPU"),
-    *("times less wall", "error mm: median, worst", "from rung 1, mm", "run on", "start-up CPU s"),
+    *("", "rung", "ranks", "CPU s a volume", "wall s a volume", "speed-up, CPU"),
+    *("speed-up, wall", "error mm: median, worst", "from rung 1, mm", "run on", "start-up CPU s"),
 )
-_SHORT = ("", "rung", "CPU s a volume", "times less CPU", "wall s a volume", "median error, mm")
+_SHORT = ("", "rung", "CPU s a volume", "speed-up, CPU", "wall s a volume", "median error, mm")
 
 
-def setting_of(n_ranks: int, n_repeats: int, load: float) -> dict[str, Any]:
+def setting_of(trial: Trial, load: float) -> dict[str, Any]:
     """What all figures share: machine, versions, day, how busy the machine was."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {
         "cpu": cpu[0].split(":")[1].strip() if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(load, 1),
-        "ranks": n_ranks,
-        "repeats": n_repeats,
+        "ranks": trial.n_ranks,
+        "binding": trial.binding,
+        "repeats": trial.n_repeats,
         "date": date.today().isoformat(),
         "versions": {"keepstill": __version__, "python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
@@ -58,14 +59,17 @@ def from_json(made: dict[str, Any]) -> list[Figures]:
 def heading(setting: dict[str, Any]) -> str:
     """What all figures share, in a line."""
     packages = ", ".join(f"{name} {number}" for name, number in setting["versions"].items())
+    is_busy = setting["load"] > setting["cores"] / 2
+    caution = ", so processor time is the figure to look at" * is_busy
     return (
-        f"{setting['cpu']}, {setting['cores']} cores, load {setting['load']:g} before, "
-        f"{setting['date']}; median of {setting['repeats']} repeats; {packages}"
+        f"{setting['cpu']}, {setting['cores']} cores, load {setting['load']:g} beforehand"
+        f"{caution}; {setting['date']}; median of {setting['repeats']} repeats; "
+        f"ranks bound by {setting['binding'] or 'nothing'}; {packages}"
     )
 
 
-def times_less(figures: Sequence[Figures], line: Figures) -> tuple[float, float]:
-    """How many times less CPU and wall time a volume than the first rung."""
+def speed_up(figures: Sequence[Figures], line: Figures) -> tuple[float, float]:
+    """How many times less processor and wall time a volume than the first rung."""
     first = figures[0].cost
     return first.cpu_s / line.cost.cpu_s, first.wall_s / line.cost.wall_s
 
@@ -74,7 +78,7 @@ def full_table(figures: Sequence[Figures]) -> str:
     """Markdown table of everything, and what it does not show by itself."""
     rows = []
     for number, line in enumerate(figures, 1):
-        less = times_less(figures, line)
+        gains = speed_up(figures, line)
         run_on = f"{line.volumes[0]} of {line.volumes[1]} volumes"
         if line.slices[0] < line.slices[1]:
             run_on += f", {line.slices[0]} of {line.slices[1]} slices"
@@ -82,7 +86,7 @@ def full_table(figures: Sequence[Figures]) -> str:
             (
                 *(_numbered(number), line.name, str(line.n_ranks)),
                 *(f"{s:.3g}" for s in line.cost[:2]),
-                *(_rounded(each) for each in less),
+                *(rounded(gain) for gain in gains),
                 f"{line.error_mm[0]:.4f}, {line.error_mm[1]:.4f}",
                 f"{line.apart_mm:.4f}",
                 run_on,
@@ -97,8 +101,8 @@ def short_table(figures: Sequence[Figures]) -> str:
     rows = []
     for number, line in enumerate(figures, 1):
         cpu, wall = (f"{s:.3g}" for s in line.cost[:2])
-        less, error = _rounded(times_less(figures, line)[0]), f"{line.error_mm[0]:.4f}"
-        rows.append((_numbered(number), line.name, cpu, less, wall, error))
+        gain, error = rounded(speed_up(figures, line)[0]), f"{line.error_mm[0]:.4f}"
+        rows.append((_numbered(number), line.name, cpu, gain, wall, error))
     return "\n".join(_markdown(_SHORT, rows))
 
 
@@ -119,7 +123,7 @@ def agreement(figures: Sequence[Figures]) -> list[str]:
 def verdict(figures: Sequence[Figures]) -> str:
     """Whether keepstill is as much faster as is required, at a smaller error."""
     line = next(line for line in figures if line.name == "keepstill")
-    times = times_less(figures, line)[0]
+    times = speed_up(figures, line)[0]
     is_well = times >= REQUIRED_TIMES and line.error_mm[0] < figures[0].error_mm[0]
     return (
         f"{'pass' if is_well else 'FAIL'}: keepstill takes {times:.0f} times less processor time a "
@@ -133,7 +137,8 @@ def _numbered(number: int) -> str:
     return str(number) if number <= 6 else ""
 
 
-def _rounded(times: float) -> str:
+def rounded(times: float) -> str:
+    """A speed-up in as many digits as it deserves."""
     return f"{times:.0f}" if times >= 10 else f"{times:.1f}"
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+import engines
 import split
 from accuracy import Errors, errors_of, faults, figures_of, joined, read_columns, shared_offset
 from cases import CASES, Case, Limits
@@ -133,3 +134,32 @@ def test_split_of_samples():
         "<module> (c.py:1);_find_and_load (<frozen importlib._bootstrap>:1) 2",
     ]
     assert split.split(samples) == {"write": 3, "first estimate": 4, split.REST: 2}
+
+
+def result_of_engine(shift_mm, factor, status=("reference", "ok", "ok", "failed")):
+    """What an engine left that is off by a shift, and by a factor of intensity."""
+    matrices = np.array([np.eye(4)] + [phantom.rigid((1.5 + shift_mm, 0, 0), (0, 0, 0))] * 3)
+    brain = np.zeros((6, 6, 6), bool)
+    brain[1:5, 1:5, 1:5] = True
+    voxels = np.full((6, 6, 6, 4), 100.0) * factor
+    return engines.Result(matrices, np.array(status), voxels, brain, np.diag([3.0, 3, 3, 1]))
+
+
+@pytest.mark.parametrize(
+    ("shift_mm", "factor", "words"),
+    [
+        (0.01, 1.001, []),
+        (0.03, 1.001, ["median 0.030 mm"]),
+        (0.06, 1.001, ["median 0.060 mm", "worst 0.060 mm"]),
+        (0.01, 1.01, ["voxels 1.00%"]),
+    ],
+)
+def test_engines_that_are_apart_are_told(tmp_path, shift_mm, factor, words):
+    source = tmp_path / "sub-01" / "func" / "sub-01_task-rest_bold.nii.gz"
+    apart = engines.compared(source, result_of_engine(0, 1), result_of_engine(shift_mm, factor))
+    np.testing.assert_allclose(apart.apart_mm, [shift_mm] * 2)
+    assert apart.n_failed == (1, 1) and apart.errors_mm is None
+    assert list(engines.faults(apart)) == words
+    assert f"| {shift_mm:.4f} | {shift_mm:.4f} |" in engines.line("run", apart)
+    moved = dataclasses.replace(apart, motion_mm=apart.motion_mm + 1)
+    assert not list(engines.faults(moved))  # by more than 2 mm: reported only

@@ -9,6 +9,7 @@ import pytest
 import runs
 from keepstill import __main__ as command_line
 from keepstill import geometry, itk_bridge, phantom
+from keepstill.collect import summary_line
 from keepstill.errors import InputError, KeepstillError, SettingsError
 from keepstill.estimate import Estimate
 from keepstill.itk_bridge import Image, Sampler, gradient, lowpassed
@@ -23,6 +24,7 @@ from keepstill.realign import Crew, Task, choose_target, open_realigned
 from keepstill.reference import world_gradient
 from keepstill.settings import RealignSettings
 from keepstill.stage import MOTION, stage_run
+from keepstill.summary import summarise
 
 SHAPE = (56, 60, 34)
 AFFINE = phantom.grid_affine(SHAPE, (3.7, 3.7, 3.7))  # a point spread of 0.84 voxel: sharp
@@ -215,8 +217,13 @@ def test_outputs_have_the_same_form_and_name_the_engine(collected):
     assert manifests[0]["summary"]["engine"].startswith("keepstill ")
     assert manifests[0]["summary"]["check"] is None
     assert manifests[2]["summary"]["check"]["volumes"] == [3]
+    table = summarise(check)
+    assert table["check_median_mm"] == table["check_worst_mm"]
+    assert summarise(native)["check_worst_mm"] == [None]
     told = json.loads(next(check.glob("*_xfm.json")).read_text())["Check"]
-    assert told["Engine"] == version and 0 < told["Worst"] < WARN_MM
+    assert told["Engine"] == version and 0 < told["Worst"] == table["check_worst_mm"][0] < WARN_MM
+    line = summary_line("a", manifests[2]["summary"])
+    assert line.endswith("mm (worst, volume 3) in 1 volume") and f"; {version} differs by 0" in line
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A run is complete by content: of input, sidecars, settings, engine and outputs."""
 
+import ast
 import json
 import os
 from dataclasses import replace
@@ -140,6 +141,64 @@ def test_changed_settings(done: Done, changed: RealignSettings) -> None:
 def test_changed_engine(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "engine_sha256", lambda: "0" * 64)
     assert not done.is_complete
+
+
+def test_changed_libraries_and_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another numpy or numba may round otherwise, and so may kernels compiled otherwise."""
+    engine_sha256 = manifest.engine_sha256.__wrapped__
+    found = {engine_sha256()}
+    versions = manifest.library_versions()
+    assert set(versions) == {"numpy", "numba"}
+    for name in versions:
+        other = versions | {name: "0.0"}
+        monkeypatch.setattr(manifest, "library_versions", lambda other=other: other)
+        found.add(engine_sha256())
+    monkeypatch.setattr(manifest, "library_versions", lambda: versions)
+    monkeypatch.setattr(manifest, "ARITHMETIC", "fused")
+    found.add(engine_sha256())
+    assert len(found) == 4
+
+
+def imported_by(*roots: str) -> set[str]:
+    """The engine's modules that some of them import, anywhere in their code; ``a/b`` for a.b."""
+    found: set[str] = set()
+    wanted = list(roots)
+    while wanted:
+        name = wanted.pop()
+        path = manifest.PACKAGE / name
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if not path.is_file() or name in found:
+            continue
+        found |= {name, name.split("/")[0]}  # a package comes with what is in it
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keepstill"):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                wanted += ["/".join(name.split(".")[1:]) for name in names if "." in name]
+    return found
+
+
+def test_what_is_left_out_of_the_key_has_no_part_in_the_work() -> None:
+    """And what is in it has a part: no change of other code does a study again.
+
+    Left out though the work imports them: what says, writes and names things.
+    """
+    work = ("stage", "mean_echo", "shared_reference", "ranks", "collect", "echoes", "warm")
+    by_work = imported_by(*work)
+    left_out = set(manifest.WITHOUT_EFFECT)
+    unhashed = {"errors", "files", "kernels/cache", "manifest", "misnamed", "sidecars", "warm"}
+    assert by_work & left_out == unhashed
+    all_modules = {
+        path.relative_to(manifest.PACKAGE).with_suffix("").as_posix()
+        for path in manifest.PACKAGE.rglob("*.py")
+    }
+    hashed = {
+        name.removesuffix("/__init__")
+        for name in all_modules
+        if not {name, name.split("/")[0]} & left_out
+    }
+    assert hashed <= by_work
+    assert all((manifest.PACKAGE / f"{name}.py").is_file() or (manifest.PACKAGE / name).is_dir()
+               for name in left_out)  # fmt: skip
 
 
 def test_the_engine_is_its_code_without_pages_and_lanes(

@@ -38,15 +38,17 @@ def test_no_key_of_the_default_profile_leaks_into_slurm(tmp_path: Path) -> None:
     assert read(CLONE, "--profile", str(SLURM)) != expected
 
 
-@pytest.mark.parametrize("name", ["default", "workstation", "slurm"])
+@pytest.mark.parametrize("name", ["default", "workstation", "slurm", "cluster-generic"])
 def test_steps_of_a_run_take_the_same_cores(name: str) -> None:
     """That is what bounds the runs in memory; and no rank is without a core."""
     profile = yaml.safe_load((CLONE / "profiles" / name / "config.yaml").read_text())
     (n_threads,) = set(profile["set-threads"].values())
-    assert set(profile["set-threads"]) == {"stage", "realign", "collect", "reslice_echo"}
+    steps = {"stage", "realign", "collect", "reslice_echo", "stage_reference", "make_reference"}
+    assert set(profile["set-threads"]) == steps
     realign = profile["set-resources"]["realign"]
     assert n_threads % realign["tasks"] == 0
     assert profile.get("cores", n_threads) % n_threads == 0
+    if "executor" in profile:
+        assert profile["cores"] == n_threads == realign["tasks"]
     if profile.get("executor") == "slurm":
-        assert profile["cores"] == n_threads == realign["tasks"] * realign["cpus_per_task"]
-        assert realign["nodes"] == 1
+        assert realign["cpus_per_task"] == realign["nodes"] == 1

@@ -3,7 +3,7 @@
 import atexit
 import functools
 
-from keepstill.job_requests import retried, run_request, runs_a_job
+from keepstill.job_requests import reference_request, retried, run_request, runs_a_job
 from keepstill.study import sweep_study
 
 PAGE_MB = 1000  # where pages alone are to do
@@ -11,6 +11,7 @@ SUBMITS = workflow.resource_settings.nodes is not None
 IS_SUBMITTING = workflow.is_main_process and SUBMITS
 # All rules of a run are part of one cluster job, within which they are plain jobs.
 GROUP = "run" if workflow.is_main_process or SUBMITS else None
+REFERENCE_GROUP = "reference" if GROUP else None
 
 
 def end_job():
@@ -50,15 +51,14 @@ def settle():
         workflow.group_settings.group_components = {"run": sys.maxsize}
 
 
-def no_files(wildcards):
-    """What a run is staged from: its manifest says what it depends on, not Snakemake."""
-    settle()
-    return []
-
-
 @functools.cache
 def request(run, n_ranks):
     return run_request(STUDY, run, n_ranks, runs_of_a_job())
+
+
+@functools.cache
+def request_of_scope(scope, n_threads):
+    return reference_request(STUDY, scope, n_threads)
 
 
 def mem_mb(wildcards, threads, attempt):
@@ -67,6 +67,14 @@ def mem_mb(wildcards, threads, attempt):
 
 def runtime_min(wildcards, threads, attempt):
     return retried(request(wildcards.run, threads).runtime_min, attempt)
+
+
+def shared_mem_mb(wildcards, threads, attempt):
+    return retried(request_of_scope(wildcards.scope, threads).mem_mb, attempt)
+
+
+def shared_runtime_min(wildcards, threads, attempt):
+    return retried(request_of_scope(wildcards.scope, threads).runtime_min, attempt)
 
 
 def page_mb(wildcards):
@@ -88,4 +96,6 @@ def guard(wildcards):
 # Snakemake adds up the minutes of a job's steps, so a run's stand at one of them.
 STEP_REQUEST = {"mem_mb": mem_mb} if IS_SUBMITTING else {}
 RUN_REQUEST = {"mem_mb": mem_mb, "runtime": runtime_min} if IS_SUBMITTING else {}
+SHARED_STEP_REQUEST = {"mem_mb": shared_mem_mb} if IS_SUBMITTING else {}
+SHARED_REQUEST = SHARED_STEP_REQUEST | ({"runtime": shared_runtime_min} if IS_SUBMITTING else {})
 PAGE_REQUEST = {"mem_mb": page_mb, "runtime": page_min} if IS_SUBMITTING else {}

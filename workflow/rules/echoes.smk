@@ -21,7 +21,7 @@ rule reslice_echo:
         script=script("reslice_echo.py"),
         bold=lambda wildcards: str(STUDY.runs[wildcards.run].source),
         leader=lambda wildcards: STUDY.moved_by(wildcards.run),
-        origin=lambda wildcards: STUDY.origin(wildcards.run),
+        origin=lambda wildcards: STUDY.origin(STUDY.runs[wildcards.run]),
         stage_dir=stage_dir,
         output_dir=lambda wildcards: str(STUDY.output_dir),
         settings=settings,

@@ -13,7 +13,7 @@ rule realign:
     group:
         GROUP
     conda:
-        "../../envs/keepstill.yaml"
+        "../../envs/itk.yaml" if STUDY.settings.uses_itk else "../../envs/keepstill.yaml"
     threads: 1
     resources:
         **RUN_REQUEST,

@@ -1,6 +1,6 @@
 rule stage:
     input:
-        no_files,
+        shared_flag,
     output:
         temp(staged("staged.json"), group_jobs=True),
     log:
@@ -19,7 +19,7 @@ rule stage:
         guard=guard,
         script=script("stage_run.py"),
         bold=lambda wildcards: str(STUDY.runs[wildcards.run].source),
-        origin=lambda wildcards: STUDY.origin(wildcards.run),
+        origin=lambda wildcards: STUDY.origin(STUDY.runs[wildcards.run]),
         stage_dir=stage_dir,
         settings=settings,
     shell:

@@ -19,14 +19,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = RealignSettings.from_json(args.settings)
     start_quickly()
-    from keepstill.ranks import Alone, World, log_ranks, n_threads_of, realign_staged, run_in_world
+    from keepstill import ranks
     from keepstill.realign import Crew
+    from keepstill.warm import ensure_warm
 
-    def work(world: Alone | World) -> None:
-        log_ranks(world)
-        realign_staged(args.stage_dir, settings, world, Crew(n_threads_of(world)))
+    def work(world: ranks.Alone | ranks.World) -> None:
+        ranks.log_ranks(world)
+        ranks.on_first(world, ensure_warm)
+        ranks.realign_staged(args.stage_dir, settings, world, Crew(ranks.n_threads_of(world)))
 
-    sys.exit(run_in_world(args.ranks, work))
+    sys.exit(ranks.run_in_world(args.ranks, work))
 
 
 if __name__ == "__main__":

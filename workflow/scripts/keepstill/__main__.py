@@ -1,4 +1,4 @@
-"""The command line: realign, apply, plan, config, summary, simulate, selftest, warm."""
+"""The command line: realign, apply, plan, config, summary, verify, simulate, selftest, warm."""
 
 import argparse
 import contextlib
@@ -14,11 +14,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keepstill import __version__
-from keepstill.errors import KeepstillError, LaunchError, SettingsError, counted
+from keepstill.errors import KeepstillError, LaunchError, OutputError, SettingsError, counted
 from keepstill.progress import VolumeProgress
 from keepstill.settings import (
     ALL_MEAN,
+    CHECKS,
+    ENGINES,
     FD_FILTERS,
+    GRIDS,
     OUTSIDE,
     SHORTEST,
     EstimateSettings,
@@ -107,6 +110,20 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "'sbref' the single-band reference beside the run "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--shared-reference",
+        type=Path,
+        metavar="FILE",
+        help="image in whose space the run ends with others, as the workflow makes it of the first "
+        "run of a session or subject; --reference then says what motion is relative to",
+    )
+    parser.add_argument(
+        "--grid",
+        choices=GRIDS,
+        default=default.grid,
+        help="grid of a run that ends in the space of an image: that of the image or the run's own "
+        "(default: %(default)s, that of the image, which must be alike if it is shared)",
+    )
     _add_reslice_arguments(parser)
     parser.add_argument(
         "--no-reslice", action="store_true", help="write transforms and tables only"
@@ -123,6 +140,19 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "--in-plane",
         action="store_true",
         help="motion within the slice plane only; one slice will do",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=default.engine,
+        help="who estimates and reslices (default: %(default)s); itk is slower, and independent",
+    )
+    parser.add_argument(
+        "--check",
+        choices=CHECKS,
+        default=default.check,
+        help="have every 20th volume realigned by ITK too, and tell the difference "
+        "(default: %(default)s)",
     )
     _add_fd_filter_arguments(parser)
     _add_run_arguments(parser)
@@ -317,6 +347,16 @@ def _add_summary_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "derivatives", type=Path, metavar="DERIVATIVES", help="an output_dir of keepstill"
+    )
+    parser.add_argument("--deep", action="store_true", help="compare contents, too (sha256)")
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="files at a time (default: its affinity mask)"
+    )
+
+
 def _estimate_echo(text: str) -> str | int:
     return text if text in (SHORTEST, ALL_MEAN) else int(text)
 
@@ -352,11 +392,15 @@ def _realign(args: argparse.Namespace) -> int:
 
     settings = RealignSettings(
         reference=args.reference,
+        shared_reference=str(args.shared_reference.absolute()) if args.shared_reference else "",
+        grid=args.grid,
         **_reslice_values(args),
         reslice=not args.no_reslice,
         affine_source=args.affine_source,
         dummy_scans=args.dummy_scans,
         in_plane=args.in_plane,
+        engine=args.engine,
+        check=args.check,
         fd_filter=args.fd_filter,
         fd_notch_low_per_min=args.fd_notch_per_min[0],
         fd_notch_high_per_min=args.fd_notch_per_min[1],
@@ -380,14 +424,26 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     """Stage on rank 0, realign on all, collect on rank 0; the stage directory goes in any case."""
     from keepstill.bids import find_sbref
     from keepstill.collect import collect_run, summary_line
+    from keepstill.itk_bridge import require_itk
     from keepstill.multi_echo import runs_of_files
-    from keepstill.ranks import n_threads_of, on_first, realign_staged, share, together_all
+    from keepstill.ranks import (
+        n_threads_of,
+        on_first,
+        realign_staged,
+        share,
+        together,
+        together_all,
+    )
     from keepstill.read import open_staged
     from keepstill.realign import Crew
+    from keepstill.warm import ensure_warm
 
     began_s = time.perf_counter()
+    if settings.uses_itk:
+        together(world, require_itk)
     first, *echoes = on_first(world, lambda: runs_of_files(args.bold, args.estimate_echo))
     settings = on_first(world, lambda: with_sbref(settings, find_sbref(first.source)))
+    on_first(world, ensure_warm)
     run, n_threads = first.name, args.threads or n_threads_of(world)
     lines: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -524,6 +580,16 @@ def _summary(args: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(args: argparse.Namespace) -> int:
+    """Print what is not as it was written; 1 if anything is not."""
+    from keepstill.verify import in_words, verify
+
+    n_threads = args.threads or len(os.sched_getaffinity(0))
+    checked = verify(args.derivatives, is_deep=args.deep, n_threads=n_threads)
+    print("\n".join(in_words(checked, is_deep=args.deep)))
+    return int(any(one.damaged for one in checked))
+
+
 def _three(name: str, given: Sequence[float]) -> tuple[float, ...]:
     """Three numbers from three, or from one for all axes."""
     if len(given) not in (1, 3):
@@ -575,9 +641,13 @@ def _selftest(args: argparse.Namespace) -> int:
 def _warm(args: argparse.Namespace) -> int:
     """Run every kernel once on a small phantom, so that no rank has to compile."""
     del args
-    from keepstill.warm import warm_kernels
+    from keepstill.kernels.cache import cache_dir
+    from keepstill.warm import ensure_warm
 
-    warm_kernels()
+    if (folder := cache_dir()) is None:
+        raise OutputError("no folder for kernels can be written to; set NUMBA_CACHE_DIR to one")
+    done = "compiled" if ensure_warm() else "were there"
+    print(f"kernels for this kind of processor {done}, in {folder}")
     return 0
 
 
@@ -614,6 +684,13 @@ COMMANDS = (
         "outliers, failed volumes, temporal signal-to-noise ratio before and after, error bar.",
     ),
     Command(
+        *("verify", _verify, _add_verify_arguments),
+        "compare a study's files with what was written",
+        "Compare every output of a derivative data set with its manifest, by size, or by content "
+        "(--deep). Names those that are missing, truncated or changed, and exits with 1 if any "
+        "is; the next call of the workflow does their runs again.",
+    ),
+    Command(
         *("simulate", _simulate, _add_simulate_arguments, "make a study of known motion"),
         "Make a BIDS study of made-up heads, with the truth of their motion beside it.",
         {"formatter_class": argparse.ArgumentDefaultsHelpFormatter},
@@ -626,8 +703,9 @@ COMMANDS = (
         "the ranks ran. Exits with 1 if that is too far. Leaves nothing behind.",
     ),
     Command(
-        *("warm", _warm, lambda parser: None, "compile the kernels, once"),
-        "Compile the kernels, once.",
+        *("warm", _warm, lambda parser: None, "compile the kernels, once a kind of processor"),
+        "Compile the kernels for the processor that this runs on, unless they were before, and say "
+        "where they are kept.",
     ),
 )
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keepstill.errors import InputError
-from keepstill.preflight import CPU_S_PER_RUN, Needs, needs_of, read_layout
+from keepstill.preflight import CPU_S_PER_RUN, Images, Needs, needs_of, read_layout
 from keepstill.study import Study
 
 # Two Snakemakes are in a cluster job, of 131 MB each, more in a study of thousands, and a launcher.
@@ -58,7 +58,20 @@ def run_request(study: Study, name: str, n_ranks: int, n_runs: int = 1) -> Reque
     n_runs : int
         That follow one another in the job.
     """
-    needs, volume_voxels = _needs(study, name)
+    return _request(*_needs(study, name), n_ranks, n_runs)
+
+
+def reference_request(study: Study, scope: str, n_threads: int) -> Request:
+    """What the making of a scope's reference asks for: as its first run, alone in its job."""
+    run, settings = study.firsts[scope], study.settings.for_sharing
+    try:
+        layout = read_layout(run.source, run.name, settings.affine_source)
+    except InputError:
+        return _request(Needs(cpu_s=CPU_S_PER_RUN), 0, n_threads, 1)
+    return _request(needs_of(run, layout, settings), math.prod(layout.shape[:3]), n_threads, 1)
+
+
+def _request(needs: Needs, volume_voxels: int, n_ranks: int, n_runs: int) -> Request:
     rank_bytes = RANK_BYTES + RANK_BYTES_PER_VOXEL * volume_voxels
     run_bytes = needs.lane_bytes + n_ranks * rank_bytes
     expected_s = RUNTIME_MARGIN * run_s(needs, n_ranks) + START_S / min(n_runs, MOST_SHARES)
@@ -105,4 +118,5 @@ def _needs(study: Study, name: str) -> tuple[Needs, int]:
         layout = read_layout(run.source, name, study.settings.affine_source)
     except InputError:
         return Needs(cpu_s=CPU_S_PER_RUN), 0
-    return needs_of(run, layout, study.settings), math.prod(layout.shape[:3])
+    image = Images(study).layout(name)
+    return needs_of(run, layout, study.settings_of(name), image), math.prod(layout.shape[:3])

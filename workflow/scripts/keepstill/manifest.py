@@ -8,6 +8,7 @@ that saves hashing an unchanged input again, stands under ``logs``.
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,30 +17,48 @@ from typing import Any
 
 from keepstill import __version__
 from keepstill.files import file_sha256, put_text
-from keepstill.settings import SBREF, RealignSettings
+from keepstill.settings import RealignSettings
 
 PACKAGE = Path(__file__).parent
-# What cannot change a run's files: where and when things run, what is shown, what is shared out.
+# What cannot change a run's voxels, motion or tables: where and when things run, what is shown and
+# said, what is written beside them. A test holds this against what the work on a run imports.
 WITHOUT_EFFECT = (
-    *("__main__", "config", "config_files", "lanes", "misnamed", "preflight"),
+    *("__init__", "__main__", "config", "config_files", "errors", "files", "job_requests"),
     *(
+        "ladder",
+        "lanes",
+        "manifest",
+        "misnamed",
+        "multi_echo",
         "phantom",
+        "preflight",
         "progress",
         "report",
-        "multi_echo",
+    ),
+    *(
         "run_table",
+        "scopes",
         "selftest",
+        "sidecars",
         "simulate",
         "start",
         "study",
+        "summary",
+        "truth",
+        "verify",
+        "warm",
     ),
-    *("summary", "truth", "warm"),
+    *("blobs", "kernels/blobs", "kernels/cache"),  # of the phantom; where kernels are kept
 )
+# The one arithmetic on all processors: kernels are compiled without licence to fuse, reorder or
+# approximate, so a rounding is where the source has it.
+ARITHMETIC = "IEEE 754, nothing fused"
+LIBRARIES = ("numba", "numpy")
 
 MANIFESTS = "manifests"  # folder below the output directory
 ECHOES = "echoes"  # below that, of the echoes of multi-echo runs
-# Anything else is the path of a file.
-REFERENCES = ("first", "middle", "mean", "median", "lowest-motion")
+DAMAGED = "damaged"  # outputs that `keepstill verify` has found to differ from what was written
+SHARED = "references"  # and of what the runs of a session or subject share
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,11 @@ def manifest_path(output_dir: Path, run: str, *, is_echo: bool = False) -> Path:
     return folder / f"{run}.json"
 
 
+def shared_entry(scope: str) -> str:
+    """What stands for a run's name in the manifest of a scope's reference, and in its path."""
+    return f"{SHARED}/{scope}"
+
+
 def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
     """Write a run's manifest under its final name at once, never in part."""
     sidecar_sha256 = _json_sha256(manifest.metadata)
@@ -102,6 +126,7 @@ def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
             manifest.input_sha256, manifest.metadata, manifest.settings, manifest.leader_key
         ),
         "engine": engine_sha256(),
+        "libraries": library_versions(),
         "settings": portable_settings(manifest.settings),
         "input": {
             "sha256": manifest.input_sha256,
@@ -114,9 +139,7 @@ def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
     }
     if manifest.leader_key:
         values["leader_key"] = manifest.leader_key
-    path = manifest_path(output_dir, manifest.run, is_echo=bool(manifest.leader_key))
-    put_text(path, json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    return path
+    return _put_manifest(output_dir, values, is_echo=bool(manifest.leader_key))
 
 
 def read_manifest(output_dir: Path, run: str, *, is_echo: bool = False) -> dict[str, Any] | None:
@@ -162,10 +185,28 @@ def is_complete(
 
 def has_key(run: str, key: str | None, output_dir: Path, *, is_echo: bool = False) -> bool:
     """Whether the files of a run, or of one echo of a multi-echo run, are there and have a key."""
+    manifest = whole_manifest(output_dir, run, is_echo=is_echo)
+    return manifest is not None and key is not None and bool(manifest.get("key") == key)
+
+
+def whole_manifest(output_dir: Path, run: str, *, is_echo: bool = False) -> dict[str, Any] | None:
+    """A run's manifest, if its outputs have their sizes and none is marked as damaged."""
     manifest = read_manifest(output_dir, run, is_echo=is_echo)
-    if manifest is None or not has_outputs(output_dir, manifest.get("outputs")):
-        return False
-    return key is not None and bool(manifest.get("key") == key)
+    if manifest is None or manifest.get(DAMAGED):
+        return None
+    return manifest if has_outputs(output_dir, manifest.get("outputs")) else None
+
+
+def mark_damaged(
+    output_dir: Path, run: str, damaged: Iterable[str], *, is_echo: bool = False
+) -> None:
+    """Note in a run's manifest which outputs are damaged: until it is done again, or none is."""
+    values = read_manifest(output_dir, run, is_echo=is_echo)
+    marks = sorted(damaged)
+    if values is None or values.get(DAMAGED, []) == marks:
+        return
+    values.pop(DAMAGED, None)
+    _put_manifest(output_dir, values | ({DAMAGED: marks} if marks else {}), is_echo=is_echo)
 
 
 def known_key(
@@ -218,23 +259,33 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def portable_settings(settings: RealignSettings) -> dict[str, Any]:
-    """Settings with the content of a reference file in the place of its path."""
+    """Settings with the content of the image in the place of its path."""
     values = asdict(settings)
-    if settings.reference not in (*REFERENCES, SBREF):
-        reference = Path(settings.reference)
-        values["reference"] = f"sha256:{_hash_once(reference, stamp_of(reference))}"
+    if settings.image:
+        name = "shared_reference" if settings.shared_reference else "reference"
+        values[name] = f"sha256:{_hash_once(settings.image, stamp_of(settings.image))}"
     return values
 
 
 @functools.cache
 def engine_sha256() -> str:
-    """Hash of the engine's code, without the modules that cannot change a run's files."""
-    digest = hashlib.sha256()
+    """Hash of all but input and settings that a run's voxels, motion and tables depend on.
+
+    That is the code without the modules that have no effect on them, numpy's and numba's
+    versions, and the arithmetic that kernels are compiled for.
+    """
+    digest = hashlib.sha256(json.dumps([ARITHMETIC, library_versions()]).encode())
     for path in sorted(PACKAGE.rglob("*.py")):
         relative = path.relative_to(PACKAGE)
-        if relative.parts[0].removesuffix(".py") not in WITHOUT_EFFECT:
+        names = relative.parts[0].removesuffix(".py"), relative.with_suffix("").as_posix()
+        if not set(names).intersection(WITHOUT_EFFECT):
             digest.update(relative.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that compute."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def has_outputs(output_dir: Path, outputs: Any) -> bool:
@@ -272,6 +323,12 @@ def _noted(path: Path) -> tuple[Stamp | None, str | None]:
         return Stamp(**values["stamp"]), str(values["sha256"])
     except (KeyError, OSError, TypeError, ValueError):
         return None, None
+
+
+def _put_manifest(output_dir: Path, values: Mapping[str, Any], *, is_echo: bool) -> Path:
+    path = manifest_path(output_dir, values["run"], is_echo=is_echo)
+    put_text(path, json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    return path
 
 
 def _identity_path(output_dir: Path, run: str) -> Path:

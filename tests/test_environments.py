@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 ENVS = ROOT / "envs"
 # Those that are installed together, and those that have an environment of their own.
-LISTS = ("build", "run", "report", "slurm", "test")
+LISTS = ("build", "run", "report", "slurm", "itk", "test")
 APART = ("peers",)
 
 # Names that conda-forge and bioconda give to packages of the pip lists.
@@ -46,24 +46,24 @@ def pinned(*names):
     return versions
 
 
-@pytest.fixture
-def conda_environment():
-    """envs/keepstill.yaml as a dict."""
-    return yaml.safe_load((ENVS / "keepstill.yaml").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def conda_versions(conda_environment):
-    """Specifiers of the conda environment under their pip names."""
-    entries = [entry for entry in conda_environment["dependencies"] if isinstance(entry, str)]
-    (from_pip,) = (
-        entry["pip"] for entry in conda_environment["dependencies"] if isinstance(entry, dict)
-    )
+def specifiers_of(conda_environment):
+    """Specifiers of a conda environment, {pip name: specifier}."""
+    dependencies = yaml.safe_load((ENVS / conda_environment).read_text(encoding="utf-8"))[
+        "dependencies"
+    ]
+    entries = [entry for entry in dependencies if isinstance(entry, str)]
+    (from_pip,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
     specifiers = {}
     for requirement in map(Requirement, entries + from_pip):
         name = PIP_FROM_CONDA.get(requirement.name, requirement.name)
         specifiers[canonicalize_name(name)] = str(requirement.specifier)
     return specifiers
+
+
+@pytest.fixture
+def conda_versions():
+    """Specifiers of envs/keepstill.yaml under their pip names."""
+    return specifiers_of("keepstill.yaml")
 
 
 @pytest.fixture
@@ -86,7 +86,11 @@ def test_every_requirement_is_pinned_and_hashed(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["keepstill.yaml", *(name + end for name in LISTS + APART for end in (".in", ".txt"))],
+    [
+        "keepstill.yaml",
+        "itk.yaml",
+        *(name + end for name in LISTS + APART for end in (".in", ".txt")),
+    ],
 )
 def test_no_index_host_or_path_is_named(name):
     lines = (ENVS / name).read_text(encoding="utf-8").splitlines()
@@ -119,6 +123,15 @@ def test_conda_versions_are_those_of_the_lists(conda_versions):
 def test_conda_has_all_direct_dependencies(conda_versions):
     asked = pinned("build.in", "run.in", "report.in")
     assert asked.keys() - conda_versions.keys() == set()
+
+
+def test_itk_is_added_to_the_conda_environment(conda_versions):
+    (itk,) = pinned("itk.in")
+    itk_packages = {name for name in pinned("itk.txt") if name.startswith(itk)}
+    added = {name: f"=={version}" for name in itk_packages for version in pinned("itk.txt")[name]}
+    assert specifiers_of("itk.yaml") == conda_versions | added
+    after = [(ENVS / f"{name}.post-deploy.sh").read_text() for name in ("keepstill", "itk")]
+    assert after[0].replace("keepstill first", "keepstill-itk first") == after[1]
 
 
 def test_package_accepts_the_pinned_versions(project):

@@ -15,9 +15,9 @@ LAYERS = (
         *("geometry", "masks", "moving", "smooth", "survey", "lost_slices", "blobs", "team"),
         "breathing",
     ),
-    ("nifti", "bids", "lanes"),
+    ("nifti", "bids", "lanes", "itk_bridge"),
     ("manifest", "run_table", "multi_echo"),
-    ("stage",),
+    ("stage", "scopes"),
     ("read", "reference"),
     ("estimate", "reslice", "figures", "maps", "write", "mean_echo"),
     ("scanner_effects", "error_bars", "transforms", "wide_start"),
@@ -28,15 +28,21 @@ LAYERS = (
     ("sidecars",),
     ("collect", "report", "phantom", "apply", "summary", "verify"),
     ("realign", "echoes"),
+    ("itk_engine",),
     ("ranks", "warm", "progress"),
-    ("config",),
+    ("config", "shared_reference"),
     ("config_files", "study", "simulate"),
-    ("preflight", "selftest"),
+    ("preflight", "selftest", "ladder"),
+    ("job_requests",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# Costly packages, and the one module that may import each.
-ONLY_IN = {"mpi4py": "ranks", "itk": "itk_bridge"}
+# Costly packages, and the one module that may import each. The ladder is a room of its own: a small
+# second implementation, which has its own of both.
+ONLY_IN = {
+    "mpi4py": ("ranks.py", "ladder/teams.py"),
+    "itk": ("itk_bridge.py", "ladder/itk_bridge.py"),
+}
 
 MODULES = sorted(ENGINE.rglob("*.py"))
 
@@ -68,10 +74,22 @@ def test_no_upward_import(path):
     for name in imported(path):
         top, _, rest = name.partition(".")
         if top in ONLY_IN:
-            assert own == ONLY_IN[top], f"{path.name} imports {top}"
+            own_path = path.relative_to(ENGINE).as_posix()
+            assert own_path in ONLY_IN[top], f"{own_path} imports {top}"
         target = rest.split(".")[0]
         if top == "keepstill" and target in LEVEL and target not in ("", own):
             assert LEVEL[target] < LEVEL[own], f"{own} imports {target}, which is not below it"
+
+
+def test_the_ladder_shares_no_way_of_estimating():
+    """The five classic rungs are second implementations: no kernel and no estimate of ours."""
+    for name in ("classic", "reslicing", "loops", "teams", "itk_bridge", "rungs"):
+        rooms = {
+            module.split(".")[1]
+            for module in imported(ENGINE / "ladder" / f"{name}.py")
+            if module.startswith("keepstill.")
+        }
+        assert rooms <= {"ladder", "errors"}, name
 
 
 def test_an_upward_import_would_be_seen(tmp_path):

@@ -31,13 +31,22 @@ def leaves(properties: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_the_shipped_configuration_is_the_schema_s_defaults() -> None:
     engine_config.check_config(SHIPPED, SCHEMA)
     defaults = {name: schema["default"] for name, schema in leaves(SCHEMA["properties"]).items()}
-    estimate = {f"estimate.{name}": value for name, value in SHIPPED["estimate"].items()}
-    assert {**SHIPPED, **estimate} == {**defaults, "estimate": SHIPPED["estimate"]}
+    nested = {
+        f"{outer}.{name}": value
+        for outer in ("estimate", "ladder")
+        for name, value in SHIPPED[outer].items()
+    }
+    assert {**SHIPPED, **nested} == {
+        **defaults,
+        "estimate": SHIPPED["estimate"],
+        "ladder": SHIPPED["ladder"],
+    }
 
 
 def test_the_shipped_configuration_is_the_engine_s_defaults() -> None:
     assert engine_config.settings_of(SHIPPED) == RealignSettings()
-    assert {setting.name for setting in fields(RealignSettings)} <= set(SHIPPED)
+    names = {setting.name for setting in fields(RealignSettings)}
+    assert names - {"shared_reference"} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize(("name", "schema"), leaves(SCHEMA["properties"]).items())
@@ -178,6 +187,13 @@ def test_paths_that_would_do_harm(given: dict[str, str], words: str, tmp_path: P
 def test_a_reference_that_is_not_there() -> None:
     with pytest.raises(SettingsError, match="lowest-motion, sbref or an existing file"):
         engine_config.settings_of(SHIPPED | {"reference": "/nowhere/mean.nii"})
+
+
+def test_one_space_is_not_for_itk() -> None:
+    shared = SHIPPED | {"reference_scope": "session"}
+    assert engine_config.settings_of(shared | {"check": "itk"}).check == "itk"
+    with pytest.raises(SettingsError, match="needs run, or engine: native"):
+        engine_config.settings_of(shared | {"engine": "itk"})
 
 
 @pytest.mark.parametrize(

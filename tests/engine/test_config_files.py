@@ -78,6 +78,7 @@ def test_the_effective_configuration_is_printed(
     assert found == shipped | {
         "bids_dir": str(CLONE / shipped["bids_dir"]),
         "output_dir": str(own.parent / "out"),
+        "ladder_dir": str(CLONE / shipped["ladder_dir"]),
         "participants": ["01"],
         "tasks": ["rest"],
         "estimate": shipped["estimate"] | {"degree": 3, "min_overlap": 0.4},

@@ -113,29 +113,37 @@ def test_echoes_have_the_single_band_reference_of_their_run(echoes, tmp_path, nu
 
 
 def test_names_of_outputs(echoes, tmp_path):
-    """Only the realigned runs, and their manifests, have `echo`."""
+    """Only the realigned runs, their tSNR and their manifests have `echo`."""
     out = tmp_path / "out"
     assert realign(out, *echoes) == 0
     made = {path.name for path in out.glob("sub*") if path.suffix != ".json"}
-    bold = {f"{LEADER}_echo-{number}_desc-hmc_bold.nii.gz" for number in (1, 2, 3)}
-    assert made == {f"{LEADER}_{ending}" for ending in ENDINGS} | bold
+    each = ("desc-hmc_bold.nii.gz", "stat-tsnr_desc-hmc_boldmap.nii.gz")
+    echoed = {f"{LEADER}_echo-{number}_{ending}" for number in (1, 2, 3) for ending in each}
+    assert made == {f"{LEADER}_{ending}" for ending in ENDINGS} | echoed
     assert [path.name for path in out.glob("manifests/*.json")] == [f"{LEADER}.json"]
     manifests = {path.name for path in out.glob("manifests/echoes/*.json")}
     assert manifests == {f"{LEADER}_echo-{number}.json" for number in (1, 2, 3)}
 
 
 def test_the_estimated_echo_gets_what_it_gets_alone(echoes, tmp_path):
-    """Transforms and voxels to the byte; the others share the transforms."""
+    """Transforms, voxels and tSNR to the byte; the others share the transforms."""
     assert realign(tmp_path / "alone", echoes[1]) == 0
     assert realign(tmp_path / "all", *echoes) == 0
     xfm = "from-orig_to-boldref_mode-image_desc-hmc_xfm.txt"
     bold = f"{LEADER}_echo-2_desc-hmc_bold.nii.gz"
-    alone = [tmp_path / "alone" / name for name in (f"{LEADER}_echo-2_{xfm}", bold)]
-    shared = [tmp_path / "all" / name for name in (f"{LEADER}_{xfm}", bold)]
+    tsnr = f"{LEADER}_echo-2_stat-tsnr_desc-hmc_boldmap.nii.gz"
+    alone = [tmp_path / "alone" / name for name in (f"{LEADER}_echo-2_{xfm}", bold, tsnr)]
+    shared = [tmp_path / "all" / name for name in (f"{LEADER}_{xfm}", bold, tsnr)]
     assert [path.read_bytes() for path in alone] == [path.read_bytes() for path in shared]
     sidecar = json.loads((tmp_path / "all" / bold.replace(".nii.gz", ".json")).read_text())
     assert sidecar["EchoTime"] == TIMES_S[2] and sidecar["Reference"] == "volume 0"
     assert sidecar["SpatialReference"].endswith(f"{LEADER}_desc-hmc_boldref.nii.gz")
+    manifests = tmp_path / "all" / "manifests"
+    found = [
+        json.loads((manifests / name).read_text())["summary"]["tsnr_after"]
+        for name in (f"{LEADER}.json", *(f"echoes/{LEADER}_echo-{n}.json" for n in (2, 1, 3)))
+    ]
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 @pytest.mark.parametrize("estimate_echo", ["shortest", "1", "all-mean"])
@@ -144,7 +152,7 @@ def test_same_bytes_in_any_order_and_with_any_threads(echoes, tmp_path, estimate
     assert realign(tmp_path / "a", *echoes, *options, "--threads", 1) == 0
     assert realign(tmp_path / "b", *echoes[::-1], *options, "--threads", 2) == 0
     names = {p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    assert len(names) == 2 * 10 + 4
+    assert len(names) == 2 * 13 + 4
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
@@ -227,7 +235,7 @@ def done(request, tmp_path):
 
 def test_a_complete_study_has_nothing_to_do(done):
     study, _, _ = done
-    assert study().make_plan() == ((), (), False, ())
+    assert study().make_plan() == ((), (), False, (), ())
     assert study().make_plan().in_words(study().n_runs) == "1 run, all complete; nothing to do"
 
 
@@ -236,24 +244,34 @@ def test_a_change_in_one_echo_redoes_it_alone_unless_it_shows_the_motion(done):
     sidecar = paths[2].with_name(f"{LEADER}_echo-3_bold.json")
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"FlipAngle": 60}))
     plan = study().make_plan()
-    assert plan == ((), (), False, (f"{LEADER}_echo-3",))
+    assert plan == ((), (), False, (f"{LEADER}_echo-3",), ())
     assert plan.in_words(1) == "1 run, all realigned; 1 of their echoes to reslice"
     runs.write_run(paths[0], runs.ball_run(5, seed=9), sidecar=False)
     plan, every = study().make_plan(), tuple(f"{LEADER}_echo-{k}" for k in (1, 2, 3))
     if estimate_echo == "shortest":  # echo 2 is, and is as it was
-        assert plan == ((), (), False, every[::2])
+        assert plan == ((), (), False, every[::2], ())
         runs.write_run(paths[1], runs.ball_run(5, seed=8), sidecar=False)
         plan = study().make_plan()
-    assert plan == ((LEADER,), (), False, every)
+    assert plan == ((LEADER,), (), False, every, ())
 
 
 def test_a_lost_file_redoes_what_made_it(done):
     study, _, _ = done
     folder = study().output_dir / "sub-01" / "func"
     (folder / f"{LEADER}_desc-hmc_boldref.nii.gz").unlink()
-    assert study().make_plan() == ((LEADER,), (), False, ())
+    assert study().make_plan() == ((LEADER,), (), False, (), ())
     (folder / f"{LEADER}_echo-1_desc-hmc_bold.nii.gz").unlink()
-    assert study().make_plan() == ((LEADER,), (), False, (f"{LEADER}_echo-1",))
+    assert study().make_plan() == ((LEADER,), (), False, (f"{LEADER}_echo-1",), ())
+
+
+def test_a_run_that_was_not_finished_is_one_whatever_its_echoes(done):
+    study, paths, _ = done
+    for path in paths:
+        runs.write_run(path, runs.ball_run(4), sidecar=False)
+    plan = study().make_plan()
+    assert (len(plan.runs), len(plan.echoes)) == (1, 3)
+    (line,) = study().failures(plan, 1e12)
+    assert line == "1 run not finished; the next call goes on with them"
 
 
 def test_what_a_run_and_its_echoes_will_take(done):
@@ -264,7 +282,7 @@ def test_what_a_run_and_its_echoes_will_take(done):
     each = study_needs(study(), names[:1])
     whole = study_needs(study(), [LEADER, *names])
     n_voxels = 20 * 22 * 14 * 5
-    assert each.output_bytes == pytest.approx(COMPRESSED * 4 * n_voxels)
+    assert each.output_bytes == pytest.approx(COMPRESSED * 4 * n_voxels * 6 / 5)  # and a map
     assert whole.output_bytes == pytest.approx(shared.output_bytes + 3 * each.output_bytes)
     assert whole.cpu_s == pytest.approx(shared.cpu_s + 3 * each.cpu_s)
     staged = (2 + 4) * n_voxels + 352

@@ -5,6 +5,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from keepstill.bids import derivative_folder, index_runs
 from keepstill.config_files import load_config
 from keepstill.errors import KeepstillError
 from keepstill.settings import RealignSettings
-from keepstill.stage import STAGED, stage_run
+from keepstill.stage import DEFAULTS, STAGED, stage_run
 from keepstill.study import read_study
 
 CLONE = Path(__file__).parents[2]
@@ -22,9 +23,9 @@ PAGE = CLONE / "docs" / "inputs.md"
 HEAD = """\
 # What happens to each kind of input
 
-The rows down to the sidecars were made and staged to write this page, and a test does it again and
-compares; the others have tests of their own. A refused run is one line on the terminal and in its
-log, exit status 2, nothing under a final name, and no harm to the other runs of the study. A
+The rows down to the references were made and staged to write this page, and a test does it again
+and compares; the others have tests of their own. A refused run is one line on the terminal and in
+its log, exit status 2, nothing under a final name, and no harm to the other runs of the study. A
 warning goes to the log, the run's manifest and its page.
 
 | input | what happens | message |
@@ -74,6 +75,12 @@ ROWS = (
         lambda tmp_path: inputs.repetition_time(tmp_path, 2, {"RepetitionTime": "2 s"}),
     ),
     ("sidecar that is no JSON", inputs.broken_sidecar),
+    ("no SBRef, with `reference: sbref`", inputs.small, RealignSettings(reference="sbref")),
+    (
+        "other voxels than the reference of its session or subject, without `grid`",
+        inputs.small,
+        RealignSettings(shared_reference="sub-01_desc-shared_boldref.nii.gz"),
+    ),
 )
 # What shows later than staging, or needs no message; tests in tests/engine/test_borders.py.
 ALSO = (
@@ -223,10 +230,13 @@ def table_row(kind, text, tmp_path):
     return refused(kind, {"runs": str(tmp_path / "runs.tsv")}, tmp_path)
 
 
-def row(kind, make, tmp_path):
+def row(kind, make, tmp_path, settings=DEFAULTS):
     tmp_path.mkdir()
+    if settings.shared_reference:
+        image = inputs.other_grid(tmp_path, settings.shared_reference)
+        settings = replace(settings, shared_reference=str(image))
     try:
-        stage_run(make(tmp_path), "sub-01_task-rest", None, tmp_path / "stage", RealignSettings())
+        stage_run(make(tmp_path), "sub-01_task-rest", None, tmp_path / "stage", settings)
     except KeepstillError as error:
         happens, said = "refused", [str(error)]
     else:
@@ -237,7 +247,7 @@ def row(kind, make, tmp_path):
 
 
 def test_the_page_says_what_happens(tmp_path):
-    rows = [row(kind, make, tmp_path / str(i)) for i, (kind, make) in enumerate(ROWS)]
+    rows = [row(kind, make, tmp_path / str(i), *more) for i, (kind, make, *more) in enumerate(ROWS)]
     rows += [f"| {kind} | {happens} | {said and f'`{said}`'} |\n" for kind, happens, said in ALSO]
     rows.append(STUDIES_HEAD)
     for i, (kind, files, config) in enumerate(STUDIES):

@@ -182,7 +182,8 @@ def test_what_is_left_out_of_the_key_has_no_part_in_the_work() -> None:
 
     Left out though the work imports them: what says, writes and names things.
     """
-    by_work = imported_by("stage", "mean_echo", "ranks", "collect", "echoes", "warm")
+    work = ("stage", "mean_echo", "shared_reference", "ranks", "collect", "echoes", "warm")
+    by_work = imported_by(*work)
     left_out = set(manifest.WITHOUT_EFFECT)
     unhashed = {"errors", "files", "kernels/cache", "manifest", "misnamed", "sidecars", "warm"}
     assert by_work & left_out == unhashed

@@ -106,6 +106,16 @@ def test_outside_the_run_stands_what_was_asked_for(made, tmp_path):
     assert (extended[~inside] > 0).mean() > 0.5
 
 
+def test_an_inverted_contrast_is_refused_and_says_so(made, tmp_path):
+    """Bright fluid, dark tissue, as in a T2-like SBRef whose order of brightness is the reverse."""
+    _, source, _, other = made
+    part = np.clip(other / np.percentile(other, 99), 0, None)
+    inverted = np.where(part > 0.2, 900 * np.clip(1.3 - part, 0.05, None), part * 100)
+    reference = written(tmp_path / "a_sbref.nii", inverted.astype(np.float32), OTHER_AFFINE)
+    with pytest.raises(InputError, match=r"correlation 0\.\d+ \(needs 0\.5\)"):
+        staged(source, tmp_path / "stage", reference)
+
+
 def test_nothing_in_common_is_refused_with_figures(made, tmp_path):
     _, source, _, other = made
     far = phantom.rigid((400, 0, 0), (0, 0, 0)) @ OTHER_AFFINE

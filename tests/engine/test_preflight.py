@@ -45,6 +45,22 @@ def told(study: Study) -> list[str]:
     return list(preflight(study, study.make_plan()))
 
 
+def test_needs_are_those_of_the_sbref_s_grid(made: Study) -> None:
+    """Its finer voxels are written and held; with `grid: own` they are not."""
+    plain = study_needs(made, RUNS[:1])
+    source = made.runs[RUNS[0]].source
+    sbref = source.with_name(f"{RUNS[0]}_sbref.nii.gz")
+    nx, ny, nz, _ = SHAPE
+    fine = np.ones((2 * nx, 2 * ny, nz), np.int16)
+    nib.save(nib.Nifti1Image(fine, np.diag([1.5, 1.5, 4.0, 1.0])), sbref)
+    on_sbref = dataclasses.replace(made, settings=RealignSettings(reference="sbref"))
+    needs = study_needs(on_sbref, RUNS[:1])
+    assert not needs.refused
+    assert 2 < needs.output_bytes / plain.output_bytes < 4 and needs.lane_bytes > plain.lane_bytes
+    own = dataclasses.replace(made, settings=RealignSettings(reference="sbref", grid="own"))
+    assert study_needs(own, RUNS[:1]) == plain
+
+
 def huge(path: Path) -> None:
     """A header of 352 bytes that claims terabytes."""
     header = nib.Nifti1Header()

@@ -70,7 +70,7 @@ def write_log(study: engine_study.Study, rule: str, run: str, text: str) -> None
 
 def test_all_is_to_do_at_first(made: engine_study.Study) -> None:
     plan = made.make_plan()
-    assert plan == (RUNS, (), True, ())
+    assert plan == (RUNS, (), True, (), ())
     assert plan.in_words(3) == "3 runs found, 0 complete, 3 to do"
 
 
@@ -79,7 +79,7 @@ def test_complete_runs_are_left_out(made: engine_study.Study) -> None:
         complete(made, run)
     make_page(made, RUNS[0])
     plan = made.make_plan()
-    assert plan == (RUNS[2:], (RUNS[1],), True, ())
+    assert plan == (RUNS[2:], (RUNS[1],), True, (), ())
     assert plan.in_words(3) == "3 runs found, 2 complete, 1 to do, 1 page to make"
 
 
@@ -87,7 +87,7 @@ def test_a_complete_study_has_nothing_to_do(made: engine_study.Study) -> None:
     for run in RUNS:
         complete(made, run)
         make_page(made, run)
-    assert made.make_plan() == ((), (), True, ())
+    assert made.make_plan() == ((), (), True, (), ())
     index = made.output_dir / "index.html"
     index.touch()
     assert not any(made.make_plan())

@@ -153,6 +153,21 @@ def test_head_turns_have_same_bytes_on_ranks_and_threads(study, tmp_path):
     assert all(other == found[0] for other in found)
 
 
+@pytest.mark.parametrize("options", [("--engine", "itk"), ("--check", "itk")])
+def test_itk_has_same_bytes_on_ranks_and_threads(options, tmp_path):
+    """Of 23 volumes two are checked."""
+    data = runs.ball_run(3 if "--engine" in options else 23)
+    source = runs.write_run(tmp_path / "in" / "a_bold.nii.gz", data)
+    found = []
+    for ranks, threads in [(1, 2), (3, 1)] if "--engine" in options else [(1, 1), (2, 1)]:
+        out = tmp_path / f"{ranks}-{threads}"
+        done = call(["realign", source, "--out", out, "--threads", threads, *options], ranks)
+        assert done.returncode == 0, done.stderr
+        assert ("ITK 5" in done.stdout) == ("--check" in options)
+        found.append(runs.digests(out))
+    assert all(other == found[0] for other in found) and len(found[0]) == 17
+
+
 def test_failing_rank_ends_all_with_its_own_message(tmp_path):
     source = runs.write_run(tmp_path / "a_bold.nii.gz", 0 * runs.ball_run())
     done = call(["realign", source, "--out", tmp_path / "out"], ranks=2)

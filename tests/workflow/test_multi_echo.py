@@ -1,9 +1,6 @@
 """A simulated study of sessions, runs and echoes through the workflow, against its truth."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,27 +10,10 @@ from keepstill import geometry
 from keepstill.__main__ import main
 from keepstill.transforms.itk import read_itk
 from keepstill.truth import SBREF_TRANSFORM, read_truth, truth_path
+from studies import call, simulate
 from validator import validate
 
-CLONE = Path(__file__).parents[2]
 NAMES = [f"sub-01_ses-0{session}_task-rest_run-1" for session in (1, 2)]
-
-
-def call(root: Path, *config: str) -> list[str]:
-    """Our own lines of Snakemake's call on the study in a folder."""
-    command = [
-        *(sys.executable, "-m", "snakemake", "--cores", "2"),
-        *("--snakefile", str(CLONE / "Snakefile")),
-        *("--workflow-profile", str(CLONE / "profiles" / "default")),
-        *("--config", "bids_dir=study", "output_dir=out", f"stage_root={root / 'memory'}"),
-        *config,
-    ]
-    environment = os.environ | {"PATH": os.defpath}
-    done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return [line for line in done.stderr.splitlines() if line.startswith("keepstill: ")]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +22,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("echoes")
     (root / "memory").mkdir()
     size = "--shape 32 32 18 --voxel-mm 6.5 6.5 7 --volumes 6 --subjects 1 --sessions 2"
-    with pytest.raises(SystemExit) as ended:
-        main(["simulate", str(root / "study"), *size.split(), "--echoes", "2", "--sbref"])
-    assert ended.value.code == 0
+    simulate(root / "study", f"{size} --echoes 2 --sbref")
     lines = call(root)
     assert lines[0] == "keepstill: 2 runs found, 0 complete, 2 to do, 4 of their echoes to reslice"
     return root
@@ -57,7 +35,8 @@ def folder_of(out: Path, name: str) -> Path:
 def test_one_motion_a_run_and_a_file_an_echo(place: Path) -> None:
     for name in NAMES:
         made = {path.name for path in folder_of(place / "out", name).glob("*echo*")}
-        stems = [f"{name}_echo-{echo}_desc-hmc_bold" for echo in (1, 2)]
+        kinds = ("desc-hmc_bold", "stat-tsnr_desc-hmc_boldmap")
+        stems = [f"{name}_echo-{echo}_{kind}" for echo in (1, 2) for kind in kinds]
         assert made == {stem + ending for stem in stems for ending in (".nii.gz", ".json")}
         assert (place / "out" / "pages" / f"{name}.html").is_file()
     assert len(list((place / "out" / "pages").glob("*.html"))) == len(NAMES)
@@ -88,7 +67,7 @@ def test_command_line_makes_the_same_bytes(place: Path) -> None:
               str(place / "memory"), "--threads", "1"])  # fmt: skip
     assert ended.value.code == 0
     alone = sorted(path for path in (place / "alone").glob("sub-*"))
-    assert len(alone) == 2 * 9
+    assert len(alone) == 2 * 11
     for path in alone:
         assert path.read_bytes() == (folder_of(place / "out", name) / path.name).read_bytes()
 

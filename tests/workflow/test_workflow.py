@@ -14,9 +14,11 @@ from urllib.parse import unquote
 
 import pytest
 
+from keepstill.__main__ import main
 from keepstill.config_files import load_config
 from keepstill.preflight import study_needs
 from keepstill.study import read_study
+from runs import ball_run, write_run
 from validator import validate
 
 CLONE = Path(__file__).parents[2]
@@ -413,3 +415,32 @@ def test_a_dry_run_changes_nothing(fresh: Place) -> None:
     assert_preflight(told(process), fresh)
     assert not fresh.output_dir.exists()
     assert not list(fresh.stage_root.iterdir())
+
+
+def test_itk_as_the_engine_and_as_a_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each has a key of its own, and is not done again."""
+    place = Place(tmp_path, ())
+    source = place.bids_dir / "sub-01" / "func" / f"{FIRST}_bold.nii.gz"
+    write_run(source, ball_run(4))
+    monkeypatch.chdir(CLONE)
+    given = [f"{name}={getattr(place, name)}" for name in ("bids_dir", "output_dir", "stage_root")]
+    for option in ("engine=itk", "check=itk"):
+        assert "1 to do" in plan_in_words([option, *given], capsys)
+        process = place.call(config=(option,))
+        assert process.returncode == 0, process.stderr
+        manifest = place.output_dir / "manifests" / f"{FIRST}.json"
+        summary = json.loads(manifest.read_text())["summary"]
+        assert summary["engine"].startswith("ITK 5") == (option == "engine=itk")
+        assert (summary["check"] is None) == (option == "engine=itk")
+        assert "all complete" in plan_in_words([option, *given], capsys)
+    page = (place.output_dir / "pages" / f"{FIRST}.html").read_text()
+    assert "differs by (median, worst)" in page
+
+
+def plan_in_words(entries: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """First line of `keepstill plan`."""
+    with pytest.raises(SystemExit):
+        main(["plan", *entries])
+    return "".join(capsys.readouterr()).splitlines()[0]

@@ -10,12 +10,14 @@ rule collect:
         benchmark_of("collect")
     priority: 20
     group:
-        "run"
+        GROUP
     conda:
         "../../envs/keepstill.yaml"
     threads: 1
+    resources:
+        **STEP_REQUEST,
     params:
-        guard=script("guard.sh"),
+        guard=guard,
         script=script("collect_run.py"),
         stage_dir=stage_dir,
         output_dir=lambda wildcards: str(STUDY.output_dir),

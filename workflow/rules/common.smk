@@ -1,19 +1,12 @@
 # What all steps share: the study, what is to do, names of files, the ranks' command.
 import atexit
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from snakemake.logging import logger
-
-RULES = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
-CLONE, SCRIPTS = RULES.parents[1], RULES.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
 from keepstill.config_files import refuse_templates
-from keepstill.errors import KeepstillError
+from keepstill.errors import counted
 from keepstill.lanes import launch_command
 from keepstill.manifest import manifest_path
 from keepstill.preflight import preflight
@@ -21,9 +14,6 @@ from keepstill.study import Plan, clear_stage, hold_stage, plan_study, read_stud
 
 STARTED_S = time.time()
 HELD = []  # the lock that says that this study's stage directory is in use
-# Jobs speak for themselves, in one line each; of a failed command its log has more to say.
-NOISE = ("Select jobs", "Execute ", "RuleException:\nCalledProcessError")
-logger.addFilter(lambda record: not str(record.msg).startswith(NOISE))
 
 
 def tell(text):
@@ -32,19 +22,9 @@ def tell(text):
         print(f"keepstill: {text}", file=sys.stderr, flush=True)
 
 
-def or_refuse(function, *args):
-    """The function's value; a user's error ends in one line instead of a traceback."""
-    try:
-        return function(*args)
-    except KeepstillError as error:
-        print(f"keepstill: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
 def read_plan():
     """What is to do. A job on a cluster node is told its targets and needs no plan."""
     if not workflow.is_main_process:
-        HELD.append(or_refuse(hold_stage, STUDY))
         return Plan((), (), False)
     or_refuse(refuse_templates, map(Path, workflow.configfiles))
     plan = plan_study(STUDY)
@@ -56,13 +36,11 @@ def read_plan():
 STUDY = or_refuse(read_study, config, workflow.config_settings.overwrite_config, CLONE)
 PLAN = read_plan()
 TO_DO = frozenset(PLAN.runs)
-N_CPUS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-# python and mpirun are those of this environment, activated or not; conda puts its own before.
-os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}")
 
 
 wildcard_constraints:
-    run="[^/]+",
+    run="sub-[^/]+",
+    scope="sub-[^/]+",
 
 
 def staged(name):
@@ -77,16 +55,20 @@ def log_of(rule_name, run="{run}"):
     return str(STUDY.log_path(rule_name, run))
 
 
-def benchmark_of(rule_name):
-    return f"{STUDY.output_dir}/logs/benchmark/{rule_name}/{{run}}.tsv"
-
-
-def script(name):
-    return str(SCRIPTS / name)
+def benchmark_of(rule_name, run="{run}"):
+    return f"{STUDY.output_dir}/logs/benchmark/{rule_name}/{run}.tsv"
 
 
 def stage_dir(wildcards):
     return str(STUDY.stage_dir / wildcards.run)
+
+
+def shared_staged(name):
+    return f"{STUDY.shared_stage_dir('{scope}')}/{name}"
+
+
+def shared_stage_dir(wildcards):
+    return str(STUDY.shared_stage_dir(wildcards.scope))
 
 
 def settings(wildcards):
@@ -118,8 +100,18 @@ def rank_command(wildcards, resources):
     return launch_command(launcher, flags, rank_count(wildcards, resources))
 
 
+def shared_flag(wildcards):
+    """What stage waits for: the reference of a run's scope, if it is to make."""
+    settle()
+    scope = STUDY.made_for(wildcards.run)
+    if workflow.is_main_process:
+        return flag("shared", scope) if scope in PLAN.references else []
+    return flag("shared", scope) if scope and not STUDY.has_reference(scope) else []
+
+
 def collected_flag(wildcards):
     """What page and echoes wait for: a run, or the run that an echo is of, if it is to do."""
+    settle()
     run = STUDY.moved_by(wildcards.run)
     is_to_do = run in TO_DO if workflow.is_main_process else not STUDY.is_complete(run)
     return flag("collected", run) if is_to_do else []

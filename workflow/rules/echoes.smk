@@ -10,16 +10,18 @@ rule reslice_echo:
         benchmark_of("reslice_echo")
     priority: 25
     group:
-        "run"
+        GROUP
     conda:
         "../../envs/keepstill.yaml"
     threads: 1
+    resources:
+        **RUN_REQUEST,
     params:
-        guard=script("guard.sh"),
+        guard=guard,
         script=script("reslice_echo.py"),
         bold=lambda wildcards: str(STUDY.runs[wildcards.run].source),
         leader=lambda wildcards: STUDY.moved_by(wildcards.run),
-        origin=lambda wildcards: STUDY.origin(wildcards.run),
+        origin=lambda wildcards: STUDY.origin(STUDY.runs[wildcards.run]),
         stage_dir=stage_dir,
         output_dir=lambda wildcards: str(STUDY.output_dir),
         settings=settings,

@@ -11,12 +11,14 @@ rule realign:
         benchmark_of("realign")
     priority: 10
     group:
-        "run"
+        GROUP
     conda:
-        "../../envs/keepstill.yaml"
+        "../../envs/itk.yaml" if STUDY.settings.uses_itk else "../../envs/keepstill.yaml"
     threads: 1
+    resources:
+        **RUN_REQUEST,
     params:
-        guard=script("guard.sh"),
+        guard=guard,
         launch=script("launch.py"),
         script=script("realign_run.py"),
         stage_dir=stage_dir,

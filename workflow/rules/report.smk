@@ -7,9 +7,11 @@ rule page_run:
         log_of("page_run"),
     priority: 30
     group:
-        "run"
+        GROUP
     conda:
         "../../envs/keepstill.yaml"
+    resources:
+        **PAGE_REQUEST,
     params:
         guard=script("guard.sh"),
         script=script("page_run.py"),

@@ -1,4 +1,6 @@
 rule stage:
+    input:
+        shared_flag,
     output:
         temp(staged("staged.json"), group_jobs=True),
     log:
@@ -7,15 +9,17 @@ rule stage:
         benchmark_of("stage")
     priority: 0
     group:
-        "run"
+        GROUP
     conda:
         "../../envs/keepstill.yaml"
     threads: 1
+    resources:
+        **STEP_REQUEST,
     params:
-        guard=script("guard.sh"),
+        guard=guard,
         script=script("stage_run.py"),
         bold=lambda wildcards: str(STUDY.runs[wildcards.run].source),
-        origin=lambda wildcards: STUDY.origin(wildcards.run),
+        origin=lambda wildcards: STUDY.origin(STUDY.runs[wildcards.run]),
         stage_dir=stage_dir,
         settings=settings,
     shell:

@@ -18,7 +18,10 @@ from keepstill.errors import KeepstillError, LaunchError, OutputError, SettingsE
 from keepstill.progress import VolumeProgress
 from keepstill.settings import (
     ALL_MEAN,
+    CHECKS,
+    ENGINES,
     FD_FILTERS,
+    GRIDS,
     OUTSIDE,
     SHORTEST,
     EstimateSettings,
@@ -107,6 +110,20 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "'sbref' the single-band reference beside the run "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--shared-reference",
+        type=Path,
+        metavar="FILE",
+        help="image in whose space the run ends with others, as the workflow makes it of the first "
+        "run of a session or subject; --reference then says what motion is relative to",
+    )
+    parser.add_argument(
+        "--grid",
+        choices=GRIDS,
+        default=default.grid,
+        help="grid of a run that ends in the space of an image: that of the image or the run's own "
+        "(default: %(default)s, that of the image, which must be alike if it is shared)",
+    )
     _add_reslice_arguments(parser)
     parser.add_argument(
         "--no-reslice", action="store_true", help="write transforms and tables only"
@@ -123,6 +140,19 @@ def _add_realign_arguments(parser: argparse.ArgumentParser) -> None:
         "--in-plane",
         action="store_true",
         help="motion within the slice plane only; one slice will do",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=default.engine,
+        help="who estimates and reslices (default: %(default)s); itk is slower, and independent",
+    )
+    parser.add_argument(
+        "--check",
+        choices=CHECKS,
+        default=default.check,
+        help="have every 20th volume realigned by ITK too, and tell the difference "
+        "(default: %(default)s)",
     )
     _add_fd_filter_arguments(parser)
     _add_run_arguments(parser)
@@ -362,11 +392,15 @@ def _realign(args: argparse.Namespace) -> int:
 
     settings = RealignSettings(
         reference=args.reference,
+        shared_reference=str(args.shared_reference.absolute()) if args.shared_reference else "",
+        grid=args.grid,
         **_reslice_values(args),
         reslice=not args.no_reslice,
         affine_source=args.affine_source,
         dummy_scans=args.dummy_scans,
         in_plane=args.in_plane,
+        engine=args.engine,
+        check=args.check,
         fd_filter=args.fd_filter,
         fd_notch_low_per_min=args.fd_notch_per_min[0],
         fd_notch_high_per_min=args.fd_notch_per_min[1],
@@ -390,13 +424,23 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     """Stage on rank 0, realign on all, collect on rank 0; the stage directory goes in any case."""
     from keepstill.bids import find_sbref
     from keepstill.collect import collect_run, summary_line
+    from keepstill.itk_bridge import require_itk
     from keepstill.multi_echo import runs_of_files
-    from keepstill.ranks import n_threads_of, on_first, realign_staged, share, together_all
+    from keepstill.ranks import (
+        n_threads_of,
+        on_first,
+        realign_staged,
+        share,
+        together,
+        together_all,
+    )
     from keepstill.read import open_staged
     from keepstill.realign import Crew
     from keepstill.warm import ensure_warm
 
     began_s = time.perf_counter()
+    if settings.uses_itk:
+        together(world, require_itk)
     first, *echoes = on_first(world, lambda: runs_of_files(args.bold, args.estimate_echo))
     settings = on_first(world, lambda: with_sbref(settings, find_sbref(first.source)))
     on_first(world, ensure_warm)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill import figures, write
+from keepstill import figures, geometry, write
 from keepstill.confounds import (
     FILTERED,
     OUTLIER,
@@ -32,7 +32,7 @@ from keepstill.maps import Moments, temporal_moments
 from keepstill.masks import brain_mask, dilated
 from keepstill.nifti import made_header
 from keepstill.realigned import OUTPUTS, Realigned, open_result
-from keepstill.reslice import coverage
+from keepstill.reslice import carried_mask, coverage
 from keepstill.settings import RealignSettings
 from keepstill.sidecars import BIDSIGNORE, README, dataset_description, sidecar
 
@@ -119,10 +119,11 @@ def _refuse_own_input(result: Realigned, output_dir: Path, folder: Path) -> None
     ------
     OutputError
     """
-    inputs = [Path(result.run.found["source"]), Path(result.settings.reference)]
+    inputs = [Path(result.run.found["source"]), result.settings.image]
     for output in OUTPUTS:
         path = folder / result.name(output)
-        if any(path.exists() and given.exists() and path.samefile(given) for given in inputs):
+        given = [path for path in inputs if path and path.exists()]
+        if path.exists() and any(path.samefile(one) for one in given):
             raise OutputError(
                 f"{result.run.run}: {path.name} in {output_dir} is the input itself and would be "
                 "written over; choose another output folder"
@@ -209,10 +210,9 @@ def _covered(result: Realigned) -> NDArray[np.bool_]:
 
 def _seen(result: Realigned, volumes: NDArray[Any]) -> NDArray[np.bool_]:
     """Where all of some volumes have data, (nz, ny, nx)."""
-    layout = result.run.layout
     nz, ny, nx = result.reference.shape
-    grid = layout.affine, (layout.shape[0], layout.shape[1], layout.shape[2])
-    return coverage(result.moving_from_reference[volumes], grid, result.affine, (nz, ny, nx))
+    matrices = result.moving_from_reference[volumes]
+    return coverage(matrices, result.own_grid, result.affine, (nz, ny, nx))
 
 
 def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
     steady = is_steady_change(result) & is_known_change(result)
     failed = np.flatnonzero(result.failed)
     flagged = sum(table[name] for name in table if name.startswith(OUTLIER))
-    before = findings.before.within(mask) if findings.before and result.is_on_own_grid else None
+    before = findings.before.within(_in_run(mask, result)) if findings.before else None
     after = findings.after.within(mask) if findings.after else None
     return {
         "n_volumes": result.run.n_volumes,
@@ -242,7 +242,15 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
         "tsnr_after": _number(after[0]) if after else None,
         "variance_before": _number(before[1]) if before else None,
         "variance_after": _number(after[1]) if after else None,
+        "engine": result.engine,
+        "check": result.check and {"engine": f"ITK {result.itk_version}"} | result.check,
     }
+
+
+def _in_run(mask: NDArray[np.bool_], result: Realigned) -> NDArray[np.bool_]:
+    """A mask of the result where the run as it came shows the same tissue."""
+    reference_from_run = geometry.inverse(result.run_from_reference)
+    return carried_mask(mask, result.affine, result.own_grid, reference_from_run)
 
 
 def _median_error_mm(table: Columns) -> float | None:
@@ -343,4 +351,20 @@ def summary_line(run: str, summary: dict[str, Any]) -> str:
     return (
         f"{run}: {counted(summary['n_volumes'], 'volume')}, mean framewise displacement {shown}, "
         f"{counted(summary['n_outliers'], 'outlier')}, {summary['n_failed']} failed{tail}"
+        f"{_check_in_words(summary['check'])}"
+    )
+
+
+def _check_in_words(check: dict[str, Any] | None) -> str:
+    """How far ITK is from what was found, for the end of a line."""
+    if not check:
+        return ""
+    failed = check["failed_volumes"]
+    tail = f", and could not realign volumes {', '.join(map(str, failed))}" if failed else ""
+    if not check["volumes"]:
+        return f"; {check['engine']} has none to compare{tail}"
+    return (
+        f"; {check['engine']} differs by {check['median_mm']:.3f} mm (median), "
+        f"{check['worst_mm']:.3f} mm (worst, volume {check['worst_volume']}) in "
+        f"{counted(len(check['volumes']), 'volume')}{tail}"
     )

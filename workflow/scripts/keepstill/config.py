@@ -11,13 +11,12 @@ from typing import Any
 
 from keepstill.bids import FILTERS, Filters
 from keepstill.errors import SettingsError
-from keepstill.manifest import REFERENCES
 from keepstill.run_table import TABLE_ENDING
-from keepstill.settings import SBREF, RealignSettings
+from keepstill.settings import REFERENCES, SBREF, RealignSettings
 
 Config = Mapping[str, Any]
 SCHEMA = Path("config", "config.schema.yaml")  # in the clone
-PATHS = ("bids_dir", "output_dir", "stage_root")
+PATHS = ("bids_dir", "output_dir", "stage_root", "ladder_dir")
 
 
 def effective_config(config: Config, given: Iterable[str], clone: Path) -> dict[str, Any]:
@@ -131,13 +130,19 @@ def settings_of(config: Config) -> RealignSettings:
         If the reference is a file that is not there.
     """
     reference = config["reference"]
-    names = (*REFERENCES, SBREF)
-    if reference not in names and not Path(reference).is_file():
+    known = (*REFERENCES, SBREF)
+    if reference not in known and not Path(reference).is_file():
         raise SettingsError(
-            f"config: reference: {reference!r} found; needs {', '.join(names)} or an existing file"
+            f"config: reference: {reference!r} found; needs {', '.join(known)} or an existing file"
+        )
+    if config["engine"] == "itk" and config["reference_scope"] != "run":
+        raise SettingsError(
+            f"config: reference_scope: {config['reference_scope']} found with engine: itk, which "
+            "realigns each run to a reference of its own; needs run, or engine: native"
         )
     defaults = RealignSettings()
-    values = {setting.name: config[setting.name] for setting in fields(RealignSettings)}
+    names = {setting.name for setting in fields(RealignSettings)} - {"shared_reference"}
+    values = {name: config[name] for name in names}
     values["estimate"] = _like(defaults.estimate, config["estimate"])
     return RealignSettings.from_dict(_like(defaults, values))
 
@@ -187,7 +192,7 @@ def _paths_in(config: Config) -> Iterator[str]:
 
 def _refuse_places(config: Config, given: Collection[str]) -> None:
     """Refuse absolute paths that would do harm or that nobody can have meant."""
-    for name in ("output_dir", "stage_root"):
+    for name in ("output_dir", "stage_root", "ladder_dir"):
         if set("{}") & set(config[name]):  # they are Snakemake's, and cannot be escaped there
             raise SettingsError(f"config: {name}: {config[name]} has braces; choose another")
     source = "runs" if run_table_of(config) else "bids_dir"

@@ -15,6 +15,7 @@ from keepstill.settings import RealignSettings
 Columns = dict[str, NDArray[Any]]
 
 MOTION = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
+RUN_MOTION = tuple(f"run_{name}" for name in MOTION)
 FIT = ("status", "iterations", "cost", "overlap", "scale", "n_lost_slices")
 # fMRIPrep's names for what is derived from each of the six, and its order.
 EXPANSIONS = ("derivative1", "power2", "derivative1_power2")
@@ -28,9 +29,13 @@ def make_confounds(
     """Columns of the table, in their fixed order, a row a volume.
 
     The six motion numbers, framewise displacement, rmsd, DVARS, framewise displacement without
-    breathing, if it is wanted, and how each fit ended; then the
-    24-parameter expansion; then a column of 0 and 1 for each volume before the steady state, and
-    for each motion outlier. The last two are as many as there are such volumes.
+    breathing, if it is wanted, and how each fit ended; for a run that ends in the space of an
+    image, where it lies there as a whole; then the 24-parameter expansion; then a column of 0 and
+    1 for each volume before the steady state, and for each motion outlier. The last two are as
+    many as there are such volumes.
+
+    Motion is that against the run's own reference, wherever the run ends: displacements within a
+    run do not depend on what it shares with others.
 
     Parameters
     ----------
@@ -41,12 +46,10 @@ def make_confounds(
         Whose displacement the expected error is.
     """
     settings, n = result.settings, result.run.n_volumes
-    shape = result.reference.shape[::-1]
-    matrices = result.moving_from_reference
-    centre = figures.centre_of_gravity(result.reference)
-    motion = figures.fsl_motion(matrices, result.affine, shape, centre)
+    matrices, (affine, shape) = result.motion_within_run, result.own_grid
+    motion = figures.fsl_motion(matrices, affine, shape, result.run_centre_voxel)
     fd_mm = figures.framewise_displacement_mm(motion, settings.fd_radius_mm)
-    rmsd_mm = figures.rms_displacement_mm(matrices, geometry.field_centre_mm(result.affine, shape))
+    rmsd_mm = figures.rms_displacement_mm(matrices, geometry.field_centre_mm(affine, shape))
     fd_mm[_touched(result.failed)] = rmsd_mm[_touched(result.failed)] = np.nan
     unknown = np.full(n, np.nan)
     table: Columns = {name: motion[:, i] for i, name in enumerate(MOTION)}
@@ -55,12 +58,27 @@ def make_confounds(
     table["std_dvars"] = series.std_dvars if series else unknown
     table |= _filtered(result, motion) | {name: result.per_volume[name] for name in FIT}
     table["expected_error"] = _expected_errors_mm(result, brain)
+    table |= _run_motion(result)
     for name in MOTION:
         table |= _expansions(name, table[name])
     outliers = motion_outliers(result, fd_mm, table["std_dvars"])
     table |= _spikes(NON_STEADY, np.flatnonzero(result.non_steady), n)
     table |= _spikes(OUTLIER, np.flatnonzero(outliers), n)
     return table
+
+
+def _run_motion(result: Realigned) -> Columns:
+    """Six numbers of the run as a whole against the image that it is taken to, in every row."""
+    if result.settings.image is None:
+        return {}
+    shape = result.reference.shape[::-1]
+    centre = figures.centre_of_gravity(result.reference)
+    run_from_reference = result.run_from_reference[None]
+    (motion,) = figures.fsl_motion(run_from_reference, result.affine, shape, centre)
+    return {
+        name: np.full(result.run.n_volumes, number)
+        for name, number in zip(RUN_MOTION, motion, strict=True)
+    }
 
 
 def _filtered(result: Realigned, motion: NDArray[np.float64]) -> Columns:
@@ -142,9 +160,22 @@ def _spikes(name: str, volumes: NDArray[np.intp], n: int) -> Columns:
 
 
 def _motion_columns(result: Realigned) -> dict[str, Any]:
-    fsl = "as in an FSL .par file: volume -> reference, FSL scaled mm"
+    if result.settings.image is None:
+        return _six_columns("", "volume -> reference", result.run_centre_voxel)
+    image = result.settings.image.name
+    within = _six_columns("", "volume -> the run's own reference", result.run_centre_voxel)
+    return within | _six_columns(
+        "run_",
+        f"the run's own reference -> {image}, the same for all volumes",
+        figures.centre_of_gravity(result.reference),
+    )
+
+
+def _six_columns(prefix: str, what: str, centre_voxel: NDArray[np.float64]) -> dict[str, Any]:
+    """Descriptions of six numbers of motion."""
+    fsl = f"as in an FSL .par file: {what}, FSL scaled mm"
     about = {
-        "CentreVoxel": [float(f"{c:.9g}") for c in figures.centre_of_gravity(result.reference)],
+        "CentreVoxel": [float(f"{c:.9g}") for c in centre_voxel],
         "Handedness": "FSL scaled mm: voxel times edge, x flipped where the affine is RAS-like",
         "EulerOrder": "R = Rx Ry Rz",
     }
@@ -152,7 +183,7 @@ def _motion_columns(result: Realigned) -> dict[str, Any]:
     for axis in "xyz":
         shift = {"Description": f"Shift along {axis}, {fsl}", "Units": "mm"}
         turn = {"Description": f"Turn about {axis}, {fsl}", "Units": "rad"}
-        columns |= {f"trans_{axis}": shift | about, f"rot_{axis}": turn | about}
+        columns |= {f"{prefix}trans_{axis}": shift | about, f"{prefix}rot_{axis}": turn | about}
     return columns
 
 

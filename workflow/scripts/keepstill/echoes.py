@@ -1,9 +1,13 @@
 """One echo of a multi-echo run: resliced once, with the motion that its run was found to have."""
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from keepstill import __version__, write
 from keepstill.apply import Wanted, Work, prepare_work, resliced_volumes
@@ -18,12 +22,15 @@ from keepstill.manifest import (
     withdraw_manifest,
     write_manifest,
 )
+from keepstill.maps import Moments, MomentSums
 from keepstill.nifti import made_header
-from keepstill.read import StagedRun, open_staged
+from keepstill.read import StagedRun, open_staged, read_volume
 from keepstill.realigned import output_name, output_uri
 from keepstill.settings import RealignSettings
 from keepstill.sidecars import carried_fields, input_uri, reslicing_fields
 from keepstill.stage import remove_stage, stage_run
+
+_OUTPUTS = ("bold", "tsnr_after")
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ def realign_echo(
     staging = replace(
         settings,
         reference="first",
+        shared_reference="",
         reslice=False,
         estimate=replace(settings.estimate, model_volumes=0),
     )
@@ -122,13 +130,14 @@ def _write_all(work: Work, output_dir: Path, leader: tuple[str, str], n_threads:
     """Write the echo, its sidecar and its manifest; `leader` is its leader's name and key."""
     name, key = leader
     folder = output_dir / PurePosixPath(work.run.found["folder"])
-    path = folder / output_name(work.run.run, "bold", work.settings)
+    bold, tsnr = (folder / output_name(work.run.run, output, work.settings) for output in _OUTPUTS)
     outdated = withdraw_manifest(output_dir, work.run.run, is_echo=True)
-    written = {path, sidecar_beside(path)}
+    written = {path for made in (bold, tsnr) for path in (made, sidecar_beside(made))}
     try:
-        _write(work, path, n_threads)
-        write.put_json(sidecar_beside(path), _sidecar(work, name, folder, output_dir))
-        _complete(work, output_dir, sorted(written), key)
+        moments = _write(work, bold, _compared(work, folder, name), n_threads)
+        write.put_json(sidecar_beside(bold), _sidecar(work, name, folder, output_dir))
+        figures = {"tsnr_after": _write_tsnr(moments, work, tsnr, name)}
+        _complete(work, output_dir, describe_outputs(output_dir, sorted(written)), (key, figures))
     except BaseException:
         outdated, written = outdated | written, set()  # a part would pass for the whole
         raise
@@ -146,18 +155,60 @@ def _prepared(run: StagedRun, folder: Path, leader: str, settings: RealignSettin
         raise InputError(f"{run.run}: {str(error).removeprefix(f'{run.run}: ')}") from error
 
 
-def _write(work: Work, path: Path, n_threads: int) -> None:
+def _compared(work: Work, folder: Path, leader: str) -> NDArray[np.intp]:
+    """Volumes that tell how steady the echo is: those that tell it of its leader."""
+    of_leader = _of_leader(folder, leader, "tsnr_after", work.settings)
+    every = np.arange(work.run.n_volumes)
+    chosen = np.setdiff1d(every, of_leader["VolumesLeftOut"])
+    return chosen if chosen.size else every
+
+
+def _of_leader(folder: Path, leader: str, output: str, settings: RealignSettings) -> dict[str, Any]:
+    """The JSON beside one of the leader's files."""
+    path = sidecar_beside(folder / output_name(leader, output, settings))
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _write(work: Work, path: Path, compared: NDArray[np.intp], n_threads: int) -> Moments:
+    """Write the echo; its moments over some volumes."""
     run, shape = work.run, (*work.grid.shape, work.run.n_volumes)
     header = made_header(run.layout.header, work.grid.affine, shape, work.settings.output_dtype)
     header["pixdim"][4] = run.found["tr_s"] or 0
-    write.put_series(path, header, lambda: resliced_volumes(work, n_threads), n_threads)
+    passes: list[MomentSums] = []
+
+    def volumes() -> Iterator[NDArray[np.float32]]:
+        passes.append(MomentSums(compared))
+        for t, volume in enumerate(resliced_volumes(work, n_threads)):
+            passes[-1].add(t, volume)
+            yield volume
+
+    write.put_series(path, header, volumes, n_threads)
+    return passes[-1].moments()
+
+
+def _write_tsnr(moments: Moments, work: Work, path: Path, leader: str) -> float | None:
+    """Write the echo's map of tSNR; its median in the masks of the leader."""
+    run, settings, folder = work.run, work.settings, path.parent
+    brain, covered = (
+        read_volume(folder / output_name(leader, mask, settings))[0] > 0
+        for mask in ("brain", "coverage")
+    )
+    header = made_header(run.layout.header, work.grid.affine, work.grid.shape, "float32")
+    write.put_volume(path, header, moments.tsnr() * covered)
+    sources = [(run.run, "bold"), (leader, "coverage")]
+    uris = [output_uri(run, output_name(name, output, settings)) for name, output in sources]
+    of_leader = _of_leader(folder, leader, "tsnr_after", settings)
+    write.put_json(sidecar_beside(path), of_leader | {"Sources": uris})
+    within = moments.within(brain & covered)
+    return float(f"{within[0]:.9g}") if within else None
 
 
 def _sidecar(work: Work, leader: str, folder: Path, output_dir: Path) -> dict[str, Any]:
     run, settings = work.run, work.settings
     found, transforms = run.found, output_name(leader, "transforms", settings)
     raw = input_uri(Path(found["source"]), found["bids_dir"], output_dir)
-    of_leader = json.loads(sidecar_beside(folder / transforms).read_text(encoding="utf-8"))
+    of_leader = _of_leader(folder, leader, "transforms", settings)
     return (
         carried_fields(run)
         | reslicing_fields(settings)
@@ -172,16 +223,22 @@ def _sidecar(work: Work, leader: str, folder: Path, output_dir: Path) -> dict[st
     )
 
 
-def _complete(work: Work, output_dir: Path, written: list[Path], leader_key: str) -> None:
-    found = work.run.found
+def _complete(
+    work: Work,
+    output_dir: Path,
+    outputs: Mapping[str, Mapping[str, Any]],
+    known: tuple[str, Mapping[str, Any]],
+) -> None:
+    """Write the manifest; `known` are the leader's key and the echo's figures."""
+    found, (leader_key, figures) = work.run.found, known
     manifest = Manifest(
         run=work.run.run,
         input_sha256=found["input"]["sha256"],
         input_bytes=found["input"]["bytes"],
         metadata=found["metadata"],
         settings=work.settings,
-        outputs=describe_outputs(output_dir, written),
-        summary={"n_volumes": work.run.n_volumes},
+        outputs=outputs,
+        summary={"n_volumes": work.run.n_volumes, **figures},
         warnings=tuple(found["warnings"]),
         leader_key=leader_key,
     )

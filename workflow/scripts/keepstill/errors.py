@@ -29,6 +29,10 @@ class LaunchError(KeepstillError, RuntimeError):
     """The ranks that run are not the ranks that were asked for."""
 
 
+class PackageError(KeepstillError, ImportError):
+    """A package that the settings ask for is not installed."""
+
+
 class EmptyVolumeError(KeepstillError, ValueError):
     """A volume or reference without signal."""
 

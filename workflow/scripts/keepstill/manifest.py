@@ -16,15 +16,37 @@ from typing import Any
 
 from keepstill import __version__
 from keepstill.files import file_sha256, put_text
-from keepstill.settings import SBREF, RealignSettings
+from keepstill.settings import RealignSettings
 
 PACKAGE = Path(__file__).parent
 # What cannot change a run's voxels, motion or tables: where and when things run, what is shown and
 # said, what is written beside them. A test holds this against what the work on a run imports.
 WITHOUT_EFFECT = (
-    *("__init__", "__main__", "config", "config_files", "errors", "files", "lanes", "manifest"),
-    *("misnamed", "multi_echo", "phantom", "preflight", "progress", "report", "run_table"),
-    *("selftest", "sidecars", "simulate", "start", "study", "summary", "truth", "verify", "warm"),
+    *("__init__", "__main__", "config", "config_files", "errors", "files", "job_requests"),
+    *(
+        "ladder",
+        "lanes",
+        "manifest",
+        "misnamed",
+        "multi_echo",
+        "phantom",
+        "preflight",
+        "progress",
+        "report",
+    ),
+    *(
+        "run_table",
+        "scopes",
+        "selftest",
+        "sidecars",
+        "simulate",
+        "start",
+        "study",
+        "summary",
+        "truth",
+        "verify",
+        "warm",
+    ),
     *("blobs", "kernels/blobs", "kernels/cache"),  # of the phantom; where kernels are kept
 )
 # The one arithmetic on all processors: kernels are compiled without licence to fuse, reorder or
@@ -35,8 +57,7 @@ LIBRARIES = ("numba", "numpy")
 MANIFESTS = "manifests"  # folder below the output directory
 ECHOES = "echoes"  # below that, of the echoes of multi-echo runs
 DAMAGED = "damaged"  # outputs that `keepstill verify` has found to differ from what was written
-# Anything else is the path of a file.
-REFERENCES = ("first", "middle", "mean", "median", "lowest-motion")
+SHARED = "references"  # and of what the runs of a session or subject share
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,11 @@ def manifest_path(output_dir: Path, run: str, *, is_echo: bool = False) -> Path:
     """Where the manifest of a run lies, or of one echo of a multi-echo run."""
     folder = output_dir / MANIFESTS / ECHOES if is_echo else output_dir / MANIFESTS
     return folder / f"{run}.json"
+
+
+def shared_entry(scope: str) -> str:
+    """What stands for a run's name in the manifest of a scope's reference, and in its path."""
+    return f"{SHARED}/{scope}"
 
 
 def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
@@ -232,11 +258,11 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def portable_settings(settings: RealignSettings) -> dict[str, Any]:
-    """Settings with the content of a reference file in the place of its path."""
+    """Settings with the content of the image in the place of its path."""
     values = asdict(settings)
-    if settings.reference not in (*REFERENCES, SBREF):
-        reference = Path(settings.reference)
-        values["reference"] = f"sha256:{_hash_once(reference, stamp_of(reference))}"
+    if settings.image:
+        name = "shared_reference" if settings.shared_reference else "reference"
+        values[name] = f"sha256:{_hash_once(settings.image, stamp_of(settings.image))}"
     return values
 
 

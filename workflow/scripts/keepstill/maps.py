@@ -61,19 +61,43 @@ def temporal_moments(
     Moments
         With n - 2 degrees of freedom; variance is 0 for fewer than three volumes.
     """
-    origin = np.array(volume_at(int(chosen[0])), np.float32)
-    sums = np.zeros((3, origin.size))
-    times = chosen.astype(np.float64) - float(chosen.mean())
-    for t, time in zip(chosen, times, strict=True):
-        volume = np.array(volume_at(int(t)), np.float32)
-        add_volume(sums, volume.reshape(-1), origin.reshape(-1), float(time))
-    mean = sums[0] / len(chosen)
-    power = _power_about_line(sums, times)
-    shape = origin.shape
-    return Moments(
-        mean=(origin.reshape(-1) + mean).reshape(shape),
-        variance=(power / max(len(chosen) - 2, 1)).reshape(shape),
-    )
+    sums = MomentSums(chosen)
+    for t in chosen:
+        sums.add(int(t), volume_at(int(t)))
+    return sums.moments()
+
+
+class MomentSums:
+    """Sums that give the moments of a series whose volumes go by once, in their order.
+
+    Parameters
+    ----------
+    chosen : (n,) int
+        As of `temporal_moments`.
+    """
+
+    def __init__(self, chosen: NDArray[np.intp]) -> None:
+        times = chosen.astype(np.float64) - float(chosen.mean())
+        self._times = {int(t): float(time) for t, time in zip(chosen, times, strict=True)}
+        self._origin = np.zeros((0, 0, 0), np.float32)
+        self._sums = np.zeros((3, 0))
+
+    def add(self, t: int, volume: NDArray[np.float32]) -> None:
+        """Count volume t, (nz, ny, nx), if it is one of those chosen."""
+        if t not in self._times:
+            return
+        volume = np.array(volume, np.float32)
+        if not self._origin.size:
+            self._origin, self._sums = volume, np.zeros((3, volume.size))
+        origin = self._origin.reshape(-1)
+        add_volume(self._sums, volume.reshape(-1), origin, self._times[t])
+
+    def moments(self) -> Moments:
+        """Mean and variance, once all are counted."""
+        n, shape = len(self._times), self._origin.shape
+        power = _power_about_line(self._sums, np.array(list(self._times.values())))
+        mean = self._origin.reshape(-1) + self._sums[0] / n
+        return Moments(mean.reshape(shape), (power / max(n - 2, 1)).reshape(shape))
 
 
 def _power_about_line(sums: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -69,7 +69,7 @@ def _staged_echo(
     named: tuple[str, Path], origin: Origin, stage_dir: Path, settings: RealignSettings
 ) -> Iterator[StagedRun]:
     """One more echo, staged meanwhile, without room for results."""
-    plain = replace(settings, reference="first", reslice=False)
+    plain = replace(settings, reference="first", shared_reference="", reslice=False)
     plain = replace(plain, estimate=replace(settings.estimate, model_volumes=0))
     try:
         stage_run(named[1], named[0], origin, stage_dir, plain)

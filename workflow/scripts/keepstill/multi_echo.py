@@ -37,7 +37,7 @@ def with_leaders(
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(_shared_name(run), []).append(run)
+        groups.setdefault(shared_name(run), []).append(run)
     found = []
     for name, group in groups.items():
         if len(group) == 1:
@@ -65,7 +65,7 @@ def runs_of_files(paths: Sequence[Path], estimate_echo: str | int) -> list[Run]:
     given = [file_run(path) for path in paths]
     if len(given) == 1:
         return given
-    names = {_shared_name(run) for run in given}
+    names = {shared_name(run) for run in given}
     if len(names) > 1 or len({run.name for run in given}) < len(given):
         raise InputError(
             f"{', '.join(path.name for path in paths)}: no echoes of one run; needs names that "
@@ -74,7 +74,8 @@ def runs_of_files(paths: Sequence[Path], estimate_echo: str | int) -> list[Run]:
     return with_leaders(given, estimate_echo, lambda run: sidecar_metadata(run.source))
 
 
-def _shared_name(run: Run) -> str:
+def shared_name(run: Run) -> str:
+    """Name of a run without ``echo``."""
     return "_".join(part for part in run.name.split("_") if not part.startswith("echo-"))
 
 

@@ -9,6 +9,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from keepstill.errors import InputError
+from keepstill.geometry import voxel_sizes_mm
 
 # Bytes that hold the header of either version of NIfTI, extensions aside.
 HEADER_BYTES = 540
@@ -18,6 +19,8 @@ _SPACE_UNITS = {1: "m", 2: "mm", 3: "micron"}
 _SECONDS = {8: 1.0, 16: 1e-3, 24: 1e-6}
 # Header affines that differ by more than this anywhere in the field place the head elsewhere.
 _POSITION_TOLERANCE_MM = 1.0
+# Voxels whose edges differ by less than this part are of one grid.
+_SIZE_TOLERANCE = 1e-3
 _MOST_FORM_CODE = 5  # nifti1.h
 # Intensity scales beyond these leave no room in a float32.
 _SCALES = (1e-20, 1e20)
@@ -253,6 +256,31 @@ def check_units(layout: Layout, run: str) -> list[str]:
 
 def _listed(sizes: NDArray[np.float64]) -> str:
     return " x ".join(f"{size:.4g}" for size in sizes)
+
+
+def grid_in_words(layout: Layout) -> str:
+    """Number and edges of a volume's voxels."""
+    sizes_mm = voxel_sizes_mm(layout.affine)
+    return f"{' x '.join(map(str, layout.shape[:3]))} voxels of {_listed(sizes_mm)} mm"
+
+
+def check_same_grid(layout: Layout, other: Layout, run: str, image: str) -> None:
+    """Refuse a run whose voxels are not as many and as large as those of an image.
+
+    Where the two lie does not count: sessions never lie alike.
+
+    Raises
+    ------
+    InputError
+    """
+    sizes_mm = voxel_sizes_mm(layout.affine), voxel_sizes_mm(other.affine)
+    if layout.shape[:3] == other.shape[:3] and np.allclose(*sizes_mm, rtol=_SIZE_TOLERANCE):
+        return
+    raise InputError(
+        f"{run}: {grid_in_words(layout)} found, {grid_in_words(other)} in {image}, in whose space "
+        "it is to end; set grid: reference to put it on that grid, or grid: own to leave it on its "
+        "own (keepstill realign: --grid)"
+    )
 
 
 def check_run_shape(layout: Layout, run: str, in_plane: bool = False) -> None:

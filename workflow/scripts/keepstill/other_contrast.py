@@ -10,7 +10,7 @@ deviations around it. That takes contrast, shading and gain to first order; what
 the local correlation (as in Cachier et al. 2003, CVIU 89:272, by squares of normalised images).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,10 @@ Volume = NDArray[np.float32]
 # Low-passes of both images, and what counts as around a voxel: in simulated heads whose contrast
 # follows powers of 0.5 to 2, shaded by 40%, that errs by 0.05 to 0.09 mm; 30 mm around, by 0.2.
 _WIDTHS_MM, _AROUND_MM = (10.0, 6.0, 4.0), 14.0
+# Points keep this away from the borders of both fields, where they have room for it: what is around
+# a voxel there is another thing for a head that lies elsewhere. Without, heads that are 7 mm apart
+# are off by 0.04 mm at voxels of 3.4 mm, and by 0.5 at 6.5; with it, by 0.02 and 0.2.
+_MARGIN_MM, _MOST_MARGIN = 10.0, 1 / 6
 # Variation below this part of the level of tissue is noise.
 _NOISE_PART = 0.2
 _TOLERANCE_MM, _MOST_STEPS, _DEGREE = 0.01, 60, 3
@@ -82,8 +86,10 @@ def place_volume(
     fit, unexplained = start or Fit(lost=True), 1.0
     for width_mm in _WIDTHS_MM:
         if not fit.lost:
-            level = _normalised_level(image, width_mm, centre_mm)
             normal, affine, _ = _normalised(*source, width_mm)
+            inset = _MARGIN_MM / float(geometry.voxel_sizes_mm(affine).max())
+            inset = min(inset, _MOST_MARGIN * min(normal.shape))
+            level = _normalised_level(image, width_mm, centre_mm, inset)
             moving = prepare_moving(normal, _DEGREE, Coefficients(normal.shape))
             frames = *frames_of(affine, level.affine, centre_mm), basis
             fit = Fit(fit.matrix)
@@ -95,7 +101,15 @@ def place_volume(
     )
     # The scale makes residuals orthogonal to the image: their square is 1 / correlation^2 - 1.
     correlation = float(1.0 / np.sqrt(1.0 + unexplained)) if found else 0.0
-    return Placement(turn, fit.overlap, correlation)
+    return Placement(turn, _overlap(source, geometry.world(low_affine, head), turn), correlation)
+
+
+def _overlap(source: tuple[Volume, Matrix], head_mm: Matrix, source_from_image: Matrix) -> float:
+    """Part of the points of a head that lie in a volume's field of view."""
+    to_voxel = geometry.compose(geometry.inverse(source[1]), source_from_image)
+    voxel = geometry.world(to_voxel, head_mm)
+    last = np.array(source[0].shape[::-1]) - 1
+    return float(((voxel >= 0) & (voxel <= last)).all(axis=1).mean())
 
 
 def _in_common_unit(volume: Volume, affine: Matrix) -> tuple[Volume, Matrix]:
@@ -104,11 +118,25 @@ def _in_common_unit(volume: Volume, affine: Matrix) -> tuple[Volume, Matrix]:
 
 
 def _normalised_level(
-    image: tuple[Volume, Matrix], width_mm: float, centre_mm: NDArray[np.float64]
+    image: tuple[Volume, Matrix], width_mm: float, centre_mm: Matrix, inset_voxels: float
 ) -> WideLevel:
     normal, affine, low = _normalised(*image, width_mm)
-    rim = max(1, round(0.5 * width_mm / float(geometry.voxel_sizes_mm(affine).min())))
-    return wide_level((normal, affine), head_mask(low, rim), centre_mm, rough=False)
+    sizes_mm = geometry.voxel_sizes_mm(affine)
+    mask = head_mask(low, max(1, round(0.5 * width_mm / float(sizes_mm.min()))))
+    inner = np.zeros_like(mask)
+    inner[_within_margin(mask.shape, sizes_mm)] = True
+    mask = mask & inner if (mask & inner).any() else mask
+    level = wide_level((normal, affine), mask, centre_mm, rough=False)
+    return replace(level, level=replace(level.level, inset_voxels=inset_voxels))
+
+
+def _within_margin(shape: tuple[int, ...], sizes_mm: NDArray[np.float64]) -> tuple[slice, ...]:
+    """Slices of a (nz, ny, nx) volume that leave its borders out."""
+    margins = [
+        min(round(_MARGIN_MM / float(size)), int(_MOST_MARGIN * n))
+        for n, size in zip(shape, sizes_mm[::-1], strict=True)
+    ]
+    return tuple(slice(margin, n - margin) for margin, n in zip(margins, shape, strict=True))
 
 
 def _normalised(volume: Volume, affine: Matrix, width_mm: float) -> tuple[Volume, Matrix, Volume]:

@@ -5,6 +5,7 @@ are estimates of what a run needs at most, rounded upwards where runs differ.
 """
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,16 +16,16 @@ from isal import isal_zlib
 
 from keepstill.bids import Run
 from keepstill.errors import InputError, counted
-from keepstill.manifest import REFERENCES
 from keepstill.nifti import (
     GZIP_MAGIC,
     HEADER_BYTES,
     Layout,
     check_run_shape,
+    check_same_grid,
     check_units,
     parse_layout,
 )
-from keepstill.settings import SBREF, RealignSettings
+from keepstill.settings import CHECK_EVERY, RealignSettings
 from keepstill.study import Plan, Study
 
 # CPU seconds of a run: 5 to start Python for each step and to draw the page, and 2.9 for the 29.5
@@ -34,6 +35,8 @@ CPU_S_PER_MVOXEL = 0.1
 # An echo of a multi-echo run starts Python once, and is resliced and compressed: 1.4 and 1.7 CPU s
 # for the same volumes.
 CPU_S_PER_ECHO, CPU_S_PER_ECHO_MVOXEL = 1.4, 0.06
+# With ITK as the engine, its start included (AMD EPYC, 2026).
+ITK_CPU_S_PER_RUN, ITK_CPU_S_PER_MVOXEL = 12.0, 5.0
 # Written voxels are 0.69 to 0.89 of their size without compression, float32 and int16 alike.
 COMPRESSED = 0.9
 BYTES_PER_VOXEL = {"float32": 4, "int16": 2}
@@ -100,7 +103,7 @@ def preflight(study: Study, plan: Plan) -> Iterator[str]:
 
 def study_needs(study: Study, names: Iterable[str]) -> Needs:
     """What these runs of a study will take."""
-    grid_voxels = _reference_voxels(study.settings)
+    images = Images(study)
     output_bytes = lane_bytes = cpu_s = 0.0
     refused = []
     for name in names:
@@ -108,21 +111,36 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
             layout = read_layout(study.runs[name].source, name, study.settings.affine_source)
             check_run_shape(layout, name, study.settings.in_plane)
             check_units(layout, name)
+            settings, image = study.settings_of(name), images.layout(name)
+            if image and settings.shared_reference and settings.grid == "auto":
+                check_same_grid(layout, image, name, Path(settings.shared_reference).name)
         except InputError as error:
             refused.append((name, str(error).removeprefix(f"{name}: ")))
             continue
-        needs = _needs_of(study.runs[name], layout, study.settings, grid_voxels)
+        needs = needs_of(study.runs[name], layout, settings, image)
         output_bytes += needs.output_bytes
         lane_bytes = max(lane_bytes, needs.lane_bytes)
         cpu_s += needs.cpu_s
     return Needs(output_bytes, lane_bytes, cpu_s, tuple(refused))
 
 
-def _needs_of(
-    run: Run, layout: Layout, settings: RealignSettings, grid_voxels: int | None
+def needs_of(
+    run: Run, layout: Layout, settings: RealignSettings, image: Layout | None = None
 ) -> Needs:
-    """What one run will take; a multi-echo run and its echoes share out what is written."""
+    """What one run will take; a multi-echo run and its echoes share out what is written.
+
+    Parameters
+    ----------
+    run : Run
+    layout : Layout
+    settings : RealignSettings
+    image : Layout, optional
+        Of the image in whose space the run ends, if it ends in another than its own.
+    """
+    grid_voxels = math.prod(image.shape[:3]) if image and settings.grid != "own" else None
     whole = run_needs(layout, settings, grid_voxels)
+    if settings.uses_itk and run.leader is None:
+        whole = replace(whole, cpu_s=whole.cpu_s + itk_cpu_s(layout, settings))
     if not (run.echoes or run.leader):
         return whole
     without = run_needs(layout, replace(settings, reslice=False), grid_voxels)
@@ -132,8 +150,10 @@ def _needs_of(
         lane_bytes = whole.lane_bytes + mean
         return replace(whole, output_bytes=without.output_bytes, lane_bytes=lane_bytes)
     mvoxels = (whole.cpu_s - CPU_S_PER_RUN) / CPU_S_PER_MVOXEL
+    n_voxels = grid_voxels or math.prod(layout.shape[:3])
+    tsnr = n_voxels * BYTES_PER_VOXEL["float32"] * COMPRESSED
     return Needs(
-        output_bytes=whole.output_bytes - without.output_bytes,
+        output_bytes=whole.output_bytes - without.output_bytes + tsnr,
         lane_bytes=without.lane_bytes,
         cpu_s=CPU_S_PER_ECHO + CPU_S_PER_ECHO_MVOXEL * mvoxels,
     )
@@ -167,6 +187,13 @@ def run_needs(layout: Layout, settings: RealignSettings, grid_voxels: int | None
         lane_bytes=layout.n_bytes + STAGED_BYTES_PER_VOXEL * grid * n_held,
         cpu_s=CPU_S_PER_RUN + CPU_S_PER_MVOXEL * grid * n_volumes / MVOXEL,
     )
+
+
+def itk_cpu_s(layout: Layout, settings: RealignSettings) -> float:
+    """CPU seconds that ITK adds to a run, as its engine or to check some of its volumes."""
+    n_volumes = layout.shape[3] if settings.engine == "itk" else layout.shape[3] / CHECK_EVERY
+    mvoxels = math.prod(layout.shape[:3]) * n_volumes / MVOXEL
+    return ITK_CPU_S_PER_RUN + ITK_CPU_S_PER_MVOXEL * mvoxels
 
 
 def read_layout(source: Path, run: str, affine_source: str = "auto") -> Layout:
@@ -216,14 +243,24 @@ def _inflated(first_bytes: bytes, run: str) -> bytes:
         raise InputError(f"{run}: the gzip stream is damaged ({error})") from error
 
 
-def _reference_voxels(settings: RealignSettings) -> int | None:
-    """Voxels of the file that serves as reference; None if volumes of the runs serve."""
-    if settings.reference in (*REFERENCES, SBREF):
-        return None
-    with contextlib.suppress(InputError):  # realign says what is wrong
-        nx, ny, nz = read_layout(Path(settings.reference), "reference").shape[:3]
-        return nx * ny * nz
-    return None
+class Images:
+    """Headers of the images in whose space runs end, each read once."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._layouts: dict[Path, Layout | None] = {}
+
+    def layout(self, run: str) -> Layout | None:
+        """That of a run's image; None if the run ends in its own space, or it cannot be read."""
+        scope = self._study.made_for(run)
+        path = self._study.firsts[scope].source if scope else self._study.settings_of(run).image
+        if path is None:
+            return None
+        if path not in self._layouts:
+            self._layouts[path] = None
+            with contextlib.suppress(InputError):  # stage or realign says what is wrong
+                self._layouts[path] = read_layout(path, path.name)
+        return self._layouts[path]
 
 
 def _refused_in_words(refused: tuple[tuple[str, str], ...]) -> str:

@@ -4,13 +4,19 @@ Nothing of the series travels between ranks: each maps the staged file, writes i
 their own offsets, and only transforms are gathered.
 """
 
+import contextlib
+import fcntl
 import io
+import json
 import logging
 import os
 import sys
+import termios
 import time
 import traceback
+from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -21,7 +27,10 @@ from keepstill import geometry
 from keepstill.error_bars import with_error_bars
 from keepstill.errors import InputError, KeepstillError, LaunchError
 from keepstill.estimate import Estimate
-from keepstill.manifest import REFERENCES
+from keepstill.figures import centre_of_gravity
+from keepstill.itk_bridge import require_itk
+from keepstill.itk_engine.check import check_volumes, checked_volumes, disagreement
+from keepstill.itk_engine.run import realign_by_itk
 from keepstill.read import StagedRun, open_staged
 from keepstill.realign import (
     Crew,
@@ -30,6 +39,7 @@ from keepstill.realign import (
     Task,
     choose_target,
     estimate_volumes,
+    find_space,
     finish_volumes,
     fitted_volumes,
     lowest_motion_target,
@@ -38,12 +48,11 @@ from keepstill.realign import (
     median_target,
     merged,
     model_volumes,
-    with_space,
     write_residuals,
 )
 from keepstill.run_model import NO_MODEL, RunModel, fit_run_model
 from keepstill.settings import RealignSettings
-from keepstill.stage import MOTION, put_staged
+from keepstill.stage import ITK_NOTE, MOTION, put_staged
 from keepstill.team import Team
 
 # What launchers tell a rank of the world's size: MPICH and Slurm's PMI-2, Open MPI, PMIx.
@@ -51,8 +60,14 @@ _WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
 # What srun says of its step, with or without a PMI that would let the tasks find each other.
 _SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
 
+# Of the names of shared memory that MPICH maps.
+_SEGMENT = "/dev/shm/mpich_shm_"
+
 # How long a rank sleeps between two looks at whether the others have come.
 _NAP_S = 0.0005
+
+# How long a rank that crashes waits for the launcher to read its traceback.
+_LAST_WORDS_S = 1.0
 
 T = TypeVar("T")
 
@@ -85,6 +100,8 @@ class World:
 
         self._comm = MPI.COMM_WORLD
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        self._rest()  # until all ranks have mapped what they share
+        unlink_segments(Path("/proc/self/maps"))
 
     def _rest(self) -> None:
         """Sleep until all ranks are here: MPI's own waiting keeps a core busy."""
@@ -104,11 +121,25 @@ class World:
         return self._comm.bcast(value)
 
     def abort(self, code: int) -> NoReturn:
-        """End all ranks."""
+        """End all ranks, once the launcher has read what this one said."""
         sys.stdout.flush()
         sys.stderr.flush()
+        _await_reader(sys.stderr.fileno())
         self._comm.Abort(code)
         os._exit(code)  # not reached, but the type checker cannot know
+
+
+def _await_reader(pipe: int) -> None:
+    """Wait until the reader of a pipe has taken what is in it, or a second.
+
+    A launcher that is told to end all ranks drops what it has not read yet.
+    """
+    deadline_s = time.monotonic() + _LAST_WORDS_S
+    unread = array("i", [1])
+    with suppress(OSError):  # not a pipe
+        while unread[0] and time.monotonic() < deadline_s:
+            time.sleep(_NAP_S)
+            fcntl.ioctl(pipe, termios.FIONREAD, unread)
 
 
 def together(world: Alone | World, work: Callable[[], T]) -> T:
@@ -145,6 +176,24 @@ def on_first(world: Alone | World, work: Callable[[], T]) -> T:
     """Rank 0's value of some work that it alone does, on all ranks; errors as in `together`."""
     value: T = world.bcast(together(world, lambda: work() if world.rank == 0 else None))
     return value
+
+
+def unlink_segments(maps: Path) -> None:
+    """Take the names off the shared memory that MPICH has mapped here; the memory stays.
+
+    Ranks that are killed, or abort, would leave it in /dev/shm for ever (2 MB a run). Open MPI
+    maps such memory later, and keeps its names.
+
+    Parameters
+    ----------
+    maps : Path
+        This process's, as /proc has them.
+    """
+    with contextlib.suppress(OSError):
+        lines = maps.read_text().splitlines()
+        paths = {line.split(maxsplit=5)[-1] for line in lines if _SEGMENT in line}
+        for path in paths:
+            Path(path).unlink(missing_ok=True)  # an unlinked one ends in " (deleted)"
 
 
 def launched_size() -> int | None:
@@ -205,7 +254,8 @@ def run_in_world(n_ranks: int | None, work: Callable[[Alone | World], None]) -> 
     except KeyboardInterrupt:
         world.abort(130)
     except Exception:
-        traceback.print_exc()
+        # In one piece: by line, a launcher may hear of the end between two of them.
+        sys.stderr.write(traceback.format_exc())
         world.abort(1)
     return 0
 
@@ -244,15 +294,38 @@ def realign_staged(
     InputError
         If the run has no usable reference, or no volume could be realigned.
     """
+    if settings.uses_itk:
+        together(world, require_itk)
     run = open_staged(stage_dir)
+    target = own_target(run, settings, world, crew)
+    if image := settings.image:
+        own = target.reference
+        space = on_first(world, lambda: find_space(run.run, own, image, settings))
+        target = replace(target, space=space)
+    task = Task(run, target, settings)
+    by_itk = settings.engine == "itk"
+    found = (_realign_all_by_itk if by_itk else _realign_all)(task, world, crew)
+    found = replace(found, estimates=with_error_bars(found.estimates))
+    if settings.uses_itk:
+        check = None if by_itk else _checked_by_itk(task, found, world, crew)
+        on_first(world, lambda: _note_itk(stage_dir, check))
+    on_first(world, lambda: _finish(stage_dir, run, target, found))
+
+
+def own_target(
+    run: StagedRun, settings: RealignSettings, world: Alone | World, crew: Crew
+) -> Target:
+    """What of a run the settings name as reference, whether or not it ends elsewhere.
+
+    Raises
+    ------
+    InputError
+        If it shows no head.
+    """
     target = together(world, lambda: choose_target(run, settings))
     if settings.reslices_twice or settings.reference == "lowest-motion":
-        target = _second_target(Task(run, target, settings), world, crew)
-    elif settings.reference not in REFERENCES:
-        target = on_first(world, lambda: with_space(run, target, settings))
-    found = _realign_all(Task(run, target, settings), world, crew)
-    found = replace(found, estimates=with_error_bars(found.estimates))
-    on_first(world, lambda: _finish(stage_dir, run, target, found))
+        return _second_target(Task(run, target, settings), world, crew)
+    return target
 
 
 def _second_target(task: Task, world: Alone | World, crew: Crew) -> Target:
@@ -288,6 +361,29 @@ def _realign_all(task: Task, world: Alone | World, crew: Crew) -> Part:
     return replace(found, estimates={t: e for part in finished for t, e in part.items()})
 
 
+def _realign_all_by_itk(task: Task, world: Alone | World, crew: Crew) -> Part:
+    """What all ranks find of all volumes by ITK, on all ranks; each has written its own."""
+    mine = share(task.run.n_volumes, world.size, world.rank)
+    return merged(together_all(world, lambda: realign_by_itk(task, mine, crew)))
+
+
+def _checked_by_itk(task: Task, found: Part, world: Alone | World, crew: Crew) -> dict[str, Any]:
+    """What ITK says of some volumes, on all ranks."""
+    mine = checked_volumes(task.run.n_volumes)[world.rank :: world.size]
+    quiet = replace(crew, on_volume=lambda t: None)
+    parts = together_all(world, lambda: check_volumes(task, mine, quiet) if mine else {})
+    by_itk = {t: estimate for part in parts for t, estimate in part.items()}
+    return disagreement(task, list(found.estimates.values()), by_itk)
+
+
+def _note_itk(stage_dir: Path, check: dict[str, Any] | None) -> None:
+    """Leave, for those that come after, which ITK it was and what it said."""
+    for warning in check["warnings"] if check else ():
+        _log.warning("%s", warning)
+    note = {"version": require_itk(), "check": check}
+    put_staged(stage_dir / ITK_NOTE, json.dumps(note).encode(), stage_dir.name)
+
+
 def _fit_model(task: Task, estimates: list[Estimate], world: Alone | World, crew: Crew) -> RunModel:
     """What the residuals of a run's volumes have in common, the same on all ranks."""
     chosen = model_volumes(task, estimates)
@@ -320,10 +416,12 @@ def _refuse_if_none(run: StagedRun, found: Part) -> None:
 
 def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
     estimates = list(found.estimates.values())
-    end, centre_mm = target.space or target.reference, target.reference.centre_mm
+    own, end = target.reference, target.space or target.reference
+    centre_mm, run_from_reference = own.centre_mm, np.eye(4)
     statuses = [e.status for e in estimates]
     if target.space:
-        centre_mm = geometry.world(geometry.inverse(target.space.reference_from_space), centre_mm)
+        run_from_reference = target.space.reference_from_space
+        centre_mm = geometry.world(geometry.inverse(run_from_reference), centre_mm)
         statuses = ["ok" if status == "reference" else status for status in statuses]
     missing = np.zeros((0, 0, 0), np.bool_) if found.missing is None else found.missing
     saved = io.BytesIO()
@@ -338,6 +436,8 @@ def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
         n_lost_slices=np.array([len(e.lost_slices) for e in estimates]),
         covariance=np.array([e.covariance for e in estimates]),
         centre_mm=centre_mm,
+        run_from_reference=run_from_reference,
+        run_centre_voxel=centre_of_gravity(own.volume),
         reference=end.volume,
         affine=end.affine,
         missing=missing,

@@ -42,6 +42,9 @@ _MEDIAN_VALUES = 8_000_000
 # Volumes of one head correlate by 0.61 (echoes at 14 and 62 ms) and more, those of two heads, at
 # their best fit, by 0.43 at most (six real pairs each).
 _LEAST_CORRELATION = 0.5
+# Positions in a header are single precision.
+_SAME_MM = 1e-3
+_IMAGE_DEGREE = 5
 _AT_REST = Estimate(np.eye(4), "ok", 0, 0.0, 1.0, 1.0)
 
 
@@ -153,7 +156,7 @@ def merged(parts: Iterable[Part]) -> Part:
 def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
     """The run's volume that the settings name, or its first, to begin with.
 
-    With a file, all volumes go by the first one, and `with_space` says where that lies.
+    Where the run ends in the space of an image, `find_space` says where that volume lies there.
 
     Raises
     ------
@@ -167,29 +170,45 @@ def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
     return Target(_prepared(run, run.volume(t), f"volume {t}", settings), t)
 
 
-def with_space(run: StagedRun, target: Target, settings: RealignSettings) -> Target:
-    """The target whose volumes end in the space of the file that the settings name.
+def find_space(run: str, own: Reference, image: Path, settings: RealignSettings) -> Space | None:
+    """The space of an image, and where a run's own reference lies in it.
+
+    None if the image is that very reference: then the run is there.
 
     Raises
     ------
     InputError
-        If the file is not a volume, shows no head, or the run's volume is not found in it.
+        If the file is not a volume, shows no head, or the run's reference is not found in it.
     """
-    own = target.reference
     try:
-        volume, affine = read_volume(Path(settings.reference))
+        volume, affine = read_volume(image)
         volume, _ = fill_missing(volume)
+        if np.array_equal(volume, own.volume) and np.allclose(affine, own.affine, atol=_SAME_MM):
+            return None
         placed = place_volume((own.volume, own.affine), (volume, affine), own.basis)
     except (InputError, EmptyVolumeError) as error:
-        raise InputError(f"{run.run}: reference {settings.reference}: {error}") from error
+        raise InputError(f"{run}: reference {image}: {error}") from error
     least = settings.estimate.min_overlap
     if placed.correlation < _LEAST_CORRELATION or placed.overlap < least:
         raise InputError(
-            f"{run.run}: not found in reference {settings.reference}: overlap "
+            f"{run}: not found in reference {image}: overlap "
             f"{placed.overlap:.0%} (needs {least:.0%}), correlation {placed.correlation:.2f} "
             f"(needs {_LEAST_CORRELATION}); check its position, or choose another reference"
         )
-    return replace(target, space=Space(volume, affine, placed.volume_from_image))
+    if settings.grid == "own":
+        volume, affine = _on_grid_of(own, volume, affine), own.affine
+    return Space(volume, affine, placed.volume_from_image)
+
+
+def _on_grid_of(
+    own: Reference, volume: NDArray[np.float32], affine: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """An image where it is in the world, on the grid of a run."""
+    nz, ny, nx = volume.shape
+    moving = prepare_moving(volume, _IMAGE_DEGREE, Coefficients((nz, ny, nx)))
+    out = np.empty_like(own.volume)
+    reslice_volume(out, moving, affine, np.eye(4), own.affine)
+    return out
 
 
 def _next_with_signal(run: StagedRun, first: int) -> int:

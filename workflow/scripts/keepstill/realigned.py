@@ -1,5 +1,6 @@
 """A realigned run as the ranks left it, and the names of the files that are made of it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from keepstill import __version__, geometry
 from keepstill.bids import derivative_folder, derivative_name, percent_encoded
 from keepstill.read import StagedRun, open_staged
 from keepstill.settings import RealignSettings
-from keepstill.stage import MOTION
+from keepstill.stage import ITK_NOTE, MOTION
 
 # Each output's ending, and its entities in the order of the name. The realigned run has the desc
 # that the settings give it; the others keep theirs, which fMRIPrep looks for.
@@ -27,6 +29,10 @@ OUTPUTS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "confounds": ("timeseries.tsv", {"desc": "confounds"}),
 }
+
+
+# What all runs of a session or subject end in; its name begins with theirs.
+_SHARED_ENDING, _SHARED_ENTITIES = "boldref.nii.gz", {"desc": "shared"}
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,21 @@ class Realigned:
     reference : (nz, ny, nx) float32
     affine : (4, 4) float64
         World mm from voxel of the reference.
+    run_from_reference : (4, 4) float64
+        World mm of the reference -> world mm of the run's own reference: of the run, what all
+        others go by. The identity where the two are one.
+    run_centre_voxel : (3,) float64
+        Centre of gravity of the run's own reference, in voxels of the run.
     series : (n, nz, ny, nx) float32 or None
         The realigned volumes, mapped; None where only transforms are wanted.
     missing : (nz, ny, nx) bool or None
         Voxels of the run's grid that are no number in some volume.
     warnings : tuple of str
+    itk_version : str or None
+        Of the ITK that took part.
+    check : dict or None
+        What ITK said of some volumes, as `itk_engine.check.disagreement` has it, but for its
+        warnings.
     """
 
     run: StagedRun
@@ -61,9 +77,35 @@ class Realigned:
     centre_mm: NDArray[np.float64]
     reference: NDArray[np.float32]
     affine: NDArray[np.float64]
+    run_from_reference: NDArray[np.float64]
+    run_centre_voxel: NDArray[np.float64]
     series: NDArray[np.float32] | None
     missing: NDArray[np.bool_] | None
     warnings: tuple[str, ...]
+    itk_version: str | None = None
+    check: dict[str, Any] | None = None
+
+    @property
+    def engine(self) -> str:
+        """Who estimated the motion and resliced, with its version."""
+        by_itk = self.settings.engine == "itk"
+        return f"ITK {self.itk_version}" if by_itk else f"keepstill {__version__}"
+
+    @property
+    def motion_within_run(self) -> NDArray[np.float64]:
+        """Motion against the run's own reference, (n, 4, 4), wherever the run ends."""
+        if np.array_equal(self.run_from_reference, np.eye(4)):
+            return self.moving_from_reference
+        reference_from_run = geometry.inverse(self.run_from_reference)
+        return np.array(
+            [geometry.compose(matrix, reference_from_run) for matrix in self.moving_from_reference]
+        )
+
+    @property
+    def own_grid(self) -> tuple[NDArray[np.float64], tuple[int, int, int]]:
+        """World mm from voxel of the run as it came, and the shape of its volumes."""
+        nx, ny, nz = self.run.layout.shape[:3]
+        return self.run.layout.affine, (nx, ny, nz)
 
     @property
     def failed(self) -> NDArray[np.bool_]:
@@ -103,6 +145,21 @@ def output_name(run: str, output: str, settings: RealignSettings) -> str:
     return derivative_name(run, ending, entities or {"desc": settings.output_desc})
 
 
+def shared_reference_path(scope: str) -> PurePosixPath:
+    """Place in the data set of the reference that the runs of a scope, ``sub-01_ses-1``, share."""
+    return derivative_folder(scope) / derivative_name(scope, _SHARED_ENDING, _SHARED_ENTITIES)
+
+
+def is_shared_reference(path: Path) -> bool:
+    """Whether a file is named like the reference of a scope."""
+    return path.name.endswith(derivative_name("", _SHARED_ENDING, _SHARED_ENTITIES))
+
+
+def shared_reference_uri(path: Path) -> str:
+    """BIDS URI of a scope's reference, wherever the data set is."""
+    return f"bids::{percent_encoded((derivative_folder(path.name) / path.name).as_posix())}"
+
+
 def output_uri(run: StagedRun, name: str) -> str:
     """BIDS URI of a file beside a run's outputs, by its place in the derivative data set.
 
@@ -131,11 +188,17 @@ def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
             f"{run.run}: {n_missing} values, in {int(missing.sum())} voxels, are no numbers; they "
             "were filled from their neighbours and are left out of the figures"
         )
+    itk: dict[str, Any] = {"version": None, "check": None}
+    if settings.uses_itk:
+        itk = json.loads((stage_dir / ITK_NOTE).read_text())
+    warnings += (itk["check"] or {}).pop("warnings", [])
     return Realigned(
         run=run,
         settings=settings,
         moving_from_reference=arrays.pop("moving_from_reference"),
         affine=arrays.pop("affine"),
+        run_from_reference=arrays.pop("run_from_reference"),
+        run_centre_voxel=arrays.pop("run_centre_voxel"),
         covariance=arrays.pop("covariance"),
         centre_mm=arrays.pop("centre_mm"),
         per_volume=arrays,
@@ -143,4 +206,6 @@ def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
         series=series,
         missing=missing if n_missing else None,
         warnings=tuple(warnings),
+        itk_version=itk["version"],
+        check=itk["check"],
     )

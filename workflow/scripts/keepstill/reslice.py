@@ -106,3 +106,31 @@ def coverage(
     covered = np.empty(shape, np.bool_)
     covered[rows[:, 1], rows[:, 0]] = (x >= spans[:, :1]) & (x < spans[:, 1:])
     return covered
+
+
+def carried_mask(
+    mask: NDArray[np.bool_],
+    affine: NDArray[np.float64],
+    onto: tuple[NDArray[np.float64], tuple[int, int, int]],
+    mask_from_grid: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """A mask on another grid: there is what its nearest voxel says.
+
+    Parameters
+    ----------
+    mask : (nz, ny, nx) bool
+    affine : (4, 4) float64
+        World mm from voxel of the mask.
+    onto : tuple of (4, 4) float64 and (nx, ny, nz)
+        World mm from voxel of the grid, and its shape.
+    mask_from_grid : (4, 4) float64
+        World mm of the grid -> world mm of the mask.
+    """
+    shape = onto[1][::-1]
+    voxel = np.indices(shape)[::-1].reshape(3, -1).T.astype(np.float64)
+    to_mask = geometry.compose(geometry.inverse(affine), mask_from_grid, onto[0])
+    nearest = np.rint(geometry.world(to_mask, voxel)).astype(np.int64)[:, ::-1]
+    inside = ((nearest >= 0) & (nearest < mask.shape)).all(axis=1)
+    out = np.zeros(len(nearest), np.bool_)
+    out[inside] = mask[tuple(nearest[inside].T)]
+    return out.reshape(shape)

@@ -10,7 +10,8 @@ detail of a frequency near one cycle a voxel along axis k adds
 to what is expected there, with a_k and b_k fixed to the head. So once volumes are registered, seven
 numbers for each point (a constant, and two for each axis) are a linear fit to their residuals, and
 taking off what they predict leaves the motion that the fold had hidden. Motion and fields
-determine each other and are solved for in turn, sped up by Anderson's method (1965, J. ACM 12:547).
+determine each other, and weakly where motion goes as the waves do: fitted in turn they would need
+hundreds of rounds.
 
 What stays with the scanner is fitted before, and taken off (see `keepstill.scanner_effects`).
 """
@@ -33,14 +34,12 @@ from keepstill.kernels.aliasing import (
     take_off_aliasing,
 )
 from keepstill.kernels.small import product, solution
-from keepstill.kernels.sums import N_COLUMNS, outside_normal
+from keepstill.kernels.sums import N_COLUMNS, Points, outside_normal
 from keepstill.reference import Reference, block_points, extent_of
 from keepstill.scanner_effects import (
     NO_EFFECTS,
     ScannerEffects,
-    every,
     fit_scanner_effects,
-    thinning,
 )
 from keepstill.team import Team
 
@@ -48,9 +47,10 @@ Matrix = NDArray[np.float64]
 
 # Noise variance over that of a wave, as is expected: waves are stronger.
 _RIDGE = 0.5
-# Rounds of fields and steps of the early volumes, and how many earlier rounds each goes by.
-_ROUNDS, _MEMORY = 3, 3
-_NO_FACTORS = np.zeros((N_FACTORS, 0), np.float32)
+# Corrections of the steps; rounds that solve for each; and how many earlier rounds each goes by.
+_CORRECTIONS, _ROUNDS, _MEMORY = 2, 7, 6
+# A round looks at one row of points in eight, but at no fewer rows than this.
+_ROWS_APART, _FEWEST_ROWS = 8, 160
 # Freedom is looked at in one point of so many.
 _POINTS_PER_FREEDOM = 16
 # Anderson's weights see motion only: shifts in mm, rotations in mm at this radius.
@@ -146,88 +146,88 @@ def fit_run_model(reference: Reference, fitted: Fitted, team: Team) -> RunModel:
     return RunModel(fields, effects, freedom / len(fitted.slots))
 
 
-def _of_block(fitted: Fitted, rows: slice) -> Fitted:
-    spans, phases = fitted.spans[:, rows], fitted.phases[:, rows]
-    return fitted._replace(spans=np.ascontiguousarray(spans), phases=np.ascontiguousarray(phases))
-
-
 def _fit_fields(
     reference: Reference, fitted: Fitted, team: Team
 ) -> tuple[NDArray[np.float32], float]:
-    """Fields of aliasing, solved for in turn with the volumes' steps; and their freedom.
-
-    Every third volume goes first, until their steps settle; all others take theirs from the
-    fields that these have found, and then all have their say.
-    """
-    work = _FieldsWork(reference, team)
-    m = len(fitted.slots)
-    steps, history = np.zeros((m, N_COLUMNS)), list[tuple[Matrix, Matrix]]()
-    step = thinning(m)
-    first = _Chosen.of(reference, fitted, step)
-    own = np.zeros((len(first.normals), N_COLUMNS))
-    for _ in range(_ROUNDS):
-        own = _accelerated(history, own, work.change(first, own, refit=True))
-    if step == 1:
-        work.change(first, own, refit=True)
-        return work.gathered(), work.freedom(first)
-    all_of_them = _Chosen.of(reference, fitted, 1)
-    work.change(first, own, refit=True)
-    first.factors.clear()  # as large as those of all volumes, and no longer needed
-    steps += work.change(all_of_them, steps, refit=False)
-    steps[::step] = own
-    steps += work.change(all_of_them, steps, refit=True)
-    work.change(all_of_them, steps, refit=True)
-    return work.gathered(), work.freedom(all_of_them)
-
-
-@dataclass
-class _Chosen:
-    """Some of the fitted volumes, their normal matrices, and their factors by block."""
-
-    fitted: Fitted
-    normals: list[Matrix]
-    factors: dict[int, NDArray[np.float32]]
-
-    @classmethod
-    def of(cls, reference: Reference, fitted: Fitted, step: int) -> "_Chosen":
-        last, chosen = reference.last, every(fitted, step)
-        normals = [last.normal - outside_normal(last.points, spans) for spans in chosen.spans]
-        return cls(chosen, normals, {})
+    """Fields of aliasing, solved for together with the volumes' steps; and their freedom."""
+    work = _FieldsWork(reference, fitted, team)
+    steps = np.zeros((len(fitted.slots), N_COLUMNS))
+    for _ in range(_CORRECTIONS):
+        steps = steps + work.solved(work.change(steps))
+    work.change(steps)
+    return work.gathered(), work.freedom()
 
 
 class _FieldsWork:
     """The fields, and what is done to them block by block."""
 
-    def __init__(self, reference: Reference, team: Team) -> None:
-        self._basis, self._team = reference.basis, team
+    def __init__(self, reference: Reference, fitted: Fitted, team: Team) -> None:
+        self._basis, self._team, self._fitted = reference.basis, team, fitted
         self._parts = {block: block_points(reference, block) for block in team.blocks}
-        n_points = reference.last.points.values.size
+        last = reference.last
+        n_points, self._rows_apart = last.points.values.size, rows_apart(last.points.rows)
+        chosen = stands_for_all(last.points.rows, self._rows_apart)
+        self._part = last.points.rows[chosen, 3].sum() / n_points
+        self._normals = [last.normal - outside_normal(last.points, spans) for spans in fitted.spans]
         self._fields = np.zeros((N_FIELDS, n_points), np.float32)
+        self._factors = np.empty((N_FACTORS, n_points), np.float32)
+        team.each(self._fill_factors)
 
-    def change(self, chosen: _Chosen, steps: Matrix, refit: bool) -> Matrix:
-        """Changes (m, 8) of the steps by the fields, which are fitted to the volumes before."""
+    def _fill_factors(self, block: int) -> None:
+        points, rows = self._parts[block]
+        fill_factors(self._factors, points, _of_rows(self._fitted, rows), _RIDGE)
+
+    def change(self, steps: Matrix) -> Matrix:
+        """Changes (m, 8) that the volumes ask for after some steps, with the fields fitted then."""
 
         def right_of(block: int) -> Matrix:
             points, rows = self._parts[block]
-            of_block = _of_block(chosen.fitted, rows)
-            factors = chosen.factors.get(block, _NO_FACTORS)
-            if refit and block not in chosen.factors:
-                extent = extent_of(points)
-                factors = np.empty((N_FACTORS, extent.stop - extent.start), np.float32)
-                fill_factors(factors, points, of_block, _RIDGE)
-                chosen.factors[block] = factors
-            as_singles = steps.astype(np.float32)
-            right: Matrix = fit_fields(self._fields, factors, points, of_block, as_singles, refit)
-            return right
+            return self._fitted_right(points, _of_rows(self._fitted, rows), steps)
 
-        right = sum(self._team.each(right_of), np.zeros(steps.shape))
-        found = zip(chosen.normals, right, strict=True)
+        return self._steps_of(sum(self._team.each(right_of), np.zeros(steps.shape)))
+
+    def solved(self, change: Matrix) -> Matrix:
+        """Steps (m, 8) after which a change would be answered, fields following them.
+
+        What steps change is linear, needs no residuals, and is much the same for a few rows of
+        points as for all: these tell steps to try out by Anderson's method (1965, J. ACM 12:547).
+        """
+        steps, history = np.zeros(change.shape), list[tuple[Matrix, Matrix]]()
+        for _ in range(_ROUNDS):
+            answered = self._steps_of(self._answers(steps) / self._part)
+            steps = _accelerated(history, steps, change + answered)
+        return steps
+
+    def _answers(self, steps: Matrix) -> Matrix:
+        m, n = len(self._fitted.slots), self._fields.shape[1]
+        nothing, slots = np.zeros((1, n), np.float32), np.zeros(m, np.int64)
+
+        def right_of(block: int) -> Matrix:
+            points, rows = self._parts[block]
+            chosen = stands_for_all(points.rows, self._rows_apart)
+            few = points._replace(rows=np.ascontiguousarray(points.rows[chosen]))
+            of_few = _of_rows(self._fitted, np.arange(rows.start, rows.stop)[chosen])
+            return self._fitted_right(few, of_few._replace(residuals=nothing, slots=slots), steps)
+
+        return sum(self._team.each(right_of), np.zeros(steps.shape))
+
+    def _fitted_right(self, points: Points, fitted: Fitted, steps: Matrix) -> Matrix:
+        as_singles = steps.astype(np.float32)
+        right: Matrix = fit_fields(self._fields, self._factors, points, fitted, as_singles)
+        return right
+
+    def _steps_of(self, right: Matrix) -> Matrix:
+        found = zip(self._normals, right, strict=True)
         return np.array([allowed_step(normal, r, self._basis)[0][:, 0] for normal, r in found])
 
-    def freedom(self, chosen: _Chosen) -> float:
+    def freedom(self) -> float:
         """Mean number of degrees of freedom of the fields at a point."""
-        freedoms = self._team.each(lambda block: _freedoms(chosen.factors[block]))
-        return float(np.concatenate(freedoms).mean())
+
+        def of_block(block: int) -> Matrix:
+            extent = extent_of(self._parts[block][0])
+            return _freedoms(self._factors[:, extent.start : extent.stop : _POINTS_PER_FREEDOM])
+
+        return float(np.concatenate(self._team.each(of_block)).mean())
 
     def gathered(self) -> NDArray[np.float32]:
         """The fields, on all ranks."""
@@ -238,12 +238,28 @@ class _FieldsWork:
         return self._fields
 
 
+def _of_rows(fitted: Fitted, rows: slice | NDArray[np.int64]) -> Fitted:
+    spans, phases = fitted.spans[:, rows], fitted.phases[:, rows]
+    return fitted._replace(spans=np.ascontiguousarray(spans), phases=np.ascontiguousarray(phases))
+
+
+def rows_apart(rows: NDArray[np.int64]) -> int:
+    """One row in how many stands for all of (n_rows, 5): 1 where there are few."""
+    return max(1, min(_ROWS_APART, len(rows) // _FEWEST_ROWS))
+
+
+def stands_for_all(rows: NDArray[np.int64], apart: int) -> NDArray[np.bool_]:
+    """Which rows of (n_rows, 5), one in `apart`, stand for all: a slanted lattice of y and z."""
+    chosen: NDArray[np.bool_] = (rows[:, 1] + 3 * rows[:, 0]) % apart == 0
+    return chosen
+
+
 def _freedoms(factors: NDArray[np.float32]) -> Matrix:
     """Degrees of freedom of the fields at some points of a block: 7 less what the ridge holds.
 
     That is 7 - ridge trace(A^-1) for normal matrices A with factors L, by the rows of L^-1.
     """
-    some = factors[:, ::_POINTS_PER_FREEDOM].astype(np.float64)
+    some = factors.astype(np.float64)
     held = np.zeros(some.shape[1])
     rows: list[list[Matrix]] = []
     for a in range(N_FIELDS):

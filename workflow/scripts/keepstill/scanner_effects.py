@@ -102,7 +102,7 @@ def fit_scanner_effects(reference: Reference, fitted: Fitted, team: Team) -> Sca
         Residuals at the points of the reference's last level; changed in place.
     team : Team
     """
-    some = every(fitted, thinning(len(fitted.slots)))
+    some = _thinned(fitted)
     common = _common_points(reference.last.points, some.spans)
     if common.mean() < _LEAST_COMMON:
         return NO_EFFECTS
@@ -121,13 +121,9 @@ def fit_scanner_effects(reference: Reference, fitted: Fitted, team: Team) -> Sca
     return effects
 
 
-def thinning(n_volumes: int) -> int:
-    """Every how many of the fitted volumes are enough to begin with: 1 where they are few."""
-    return _EVERY if n_volumes >= _EVERY * _FEWEST else 1
-
-
-def every(fitted: Fitted, step: int) -> Fitted:
-    """Every so many of some volumes."""
+def _thinned(fitted: Fitted) -> Fitted:
+    """Every third volume, or all where they are few."""
+    step = _EVERY if len(fitted.slots) >= _EVERY * _FEWEST else 1
     return fitted._replace(
         slots=np.ascontiguousarray(fitted.slots[::step]),
         spans=np.ascontiguousarray(fitted.spans[::step]),

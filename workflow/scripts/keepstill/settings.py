@@ -9,12 +9,23 @@ from keepstill.errors import SettingsError
 
 OUTSIDE = ("zero", "nan", "nearest")
 FD_FILTERS = ("none", "notch", "lowpass")
+ENGINES, CHECKS = ("native", "itk"), ("none", "itk")
+
+# A check looks at every so many volumes.
+CHECK_EVERY = 20
+# What ITK can be given without a first pass of the other engine.
+_ITK_REFERENCES = ("first", "middle")
 
 # On what the motion of a multi-echo run is estimated, if not on an echo by its number.
 SHORTEST, ALL_MEAN = "shortest", "all-mean"
 
+# References that every run has one of in itself. Anything else but `SBREF` is the path of a file.
+REFERENCES = ("first", "middle", "mean", "median", "lowest-motion")
 # A reference that is another file for each run; it is resolved to that file's path.
 SBREF = "sbref"
+# Runs that end in one space, and on which grid.
+SCOPES = ("run", "session", "subject")
+GRIDS = ("auto", "reference", "own")
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,12 @@ class RealignSettings:
     reference : str
         ``first``, ``middle``, ``mean``, ``median``, ``lowest-motion``, ``sbref`` or the path of
         a 3-D NIfTI file.
+    shared_reference : str
+        Path of the image in whose space the run ends together with others; empty if it ends in
+        its own. `reference` then says what the run's motion is relative to before that.
+    grid : str
+        Grid of a run that ends in the space of an image: that of the image (``reference``), the
+        run's ``own``, or ``auto``: that of the image, which must not differ if it is shared.
     interpolation_degree : int
         Degree of the B-spline that reslices, 1 to 5.
     outside : str
@@ -93,10 +110,17 @@ class RealignSettings:
         Number of first volumes before the signal is steady; ``auto`` finds the brighter ones.
     in_plane : bool
         Motion within the slice plane only (two shifts, one rotation): for single slices.
+    engine : str
+        Who estimates and reslices: ``native``, or ``itk`` (references ``first`` and ``middle``).
+    check : str
+        ``itk`` has every 20th volume realigned by ITK too, and tells the difference; ``none``
+        does not.
     estimate : EstimateSettings
     """
 
     reference: str = "first"
+    shared_reference: str = ""
+    grid: str = "auto"
     interpolation_degree: int = 5
     outside: str = "zero"
     common_field: bool = False
@@ -114,6 +138,8 @@ class RealignSettings:
     affine_source: str = "auto"
     dummy_scans: str | int = "auto"
     in_plane: bool = False
+    engine: str = "native"
+    check: str = "none"
     estimate: EstimateSettings = field(default_factory=EstimateSettings)
 
     def __post_init__(self) -> None:
@@ -128,8 +154,10 @@ class RealignSettings:
             raise SettingsError(
                 f"output_dtype: {self.output_dtype!r} found; needs float32 or int16"
             )
+        _check_space(self)
         _check_outside(self)
         _check_fd_filter(self)
+        _check_engine(self)
         if self.affine_source not in ("auto", "sform", "qform"):
             raise SettingsError(
                 f"affine_source: {self.affine_source!r} found; needs auto, sform or qform"
@@ -142,9 +170,34 @@ class RealignSettings:
             )
 
     @property
+    def uses_itk(self) -> bool:
+        """Whether ITK has to be there."""
+        return "itk" in (self.engine, self.check)
+
+    @property
     def reslices_twice(self) -> bool:
         """Whether the reference is made of realigned volumes."""
         return self.reference in ("mean", "median")
+
+    @property
+    def image(self) -> Path | None:
+        """File in whose space the run ends; None if that is its own."""
+        if self.shared_reference:
+            return Path(self.shared_reference)
+        return None if self.reference in (*REFERENCES, SBREF) else Path(self.reference)
+
+    @property
+    def for_sharing(self) -> "RealignSettings":
+        """Those that a reference depends on which others share; nothing is resliced."""
+        return RealignSettings(
+            reference=self.reference,
+            interpolation_degree=self.interpolation_degree,
+            reslice=False,
+            affine_source=self.affine_source,
+            dummy_scans=self.dummy_scans,
+            in_plane=self.in_plane,
+            estimate=self.estimate,
+        )
 
     def to_json(self) -> str:
         """These settings as one line of JSON with sorted keys, equal for equal settings."""
@@ -169,6 +222,17 @@ class RealignSettings:
         _refuse_unknown(cls, values)
         _refuse_unknown(EstimateSettings, nested)
         return cls(estimate=EstimateSettings(**nested), **values)
+
+
+def _check_space(settings: RealignSettings) -> None:
+    """Refuse a grid that is none, and two images at once."""
+    if settings.grid not in GRIDS:
+        raise SettingsError(f"grid: {settings.grid!r} found; needs {', '.join(GRIDS)}")
+    if settings.shared_reference and settings.reference not in (*REFERENCES, SBREF):
+        raise SettingsError(
+            f"reference: {settings.reference} found beside a shared reference; needs "
+            f"{', '.join(REFERENCES)} or {SBREF}, or no shared reference"
+        )
 
 
 def _check_outside(settings: RealignSettings) -> None:
@@ -207,9 +271,34 @@ def _check_fd_filter(settings: RealignSettings) -> None:
         )
 
 
+def _check_engine(settings: RealignSettings) -> None:
+    """Refuse what ITK is not made to do here."""
+    for name, value, known in (
+        ("engine", settings.engine, ENGINES),
+        ("check", settings.check, CHECKS),
+    ):
+        if value not in known:
+            raise SettingsError(f"{name}: {value!r} found; needs {' or '.join(known)}")
+    if settings.uses_itk and settings.in_plane:
+        raise SettingsError("in_plane: true found; engine or check: itk needs motion in space")
+    if settings.engine != "itk":
+        return
+    if settings.check == "itk":
+        raise SettingsError("check: itk found with engine: itk, which it would check by itself")
+    if settings.reference not in _ITK_REFERENCES:
+        raise SettingsError(
+            f"reference: {settings.reference} found; engine: itk needs "
+            f"{' or '.join(_ITK_REFERENCES)} (check: itk takes any)"
+        )
+    if settings.shared_reference:
+        raise SettingsError("engine: itk found; a shared reference needs native (or check: itk)")
+    if settings.outside == "nearest":
+        raise SettingsError("outside: nearest found; engine: itk needs zero or nan")
+
+
 def with_sbref(settings: RealignSettings, sbref: Path | None) -> RealignSettings:
     """Settings that name a run's single-band reference by its path, if they ask for it."""
-    if settings.reference != SBREF or sbref is None:
+    if settings.reference != SBREF or sbref is None or settings.shared_reference:
         return settings
     return replace(settings, reference=str(sbref.absolute()))
 

@@ -11,9 +11,9 @@ import numpy as np
 from keepstill import __version__
 from keepstill.bids import bids_uri, relative_reference
 from keepstill.confounds import describe_columns
-from keepstill.manifest import REFERENCES, portable_settings
+from keepstill.manifest import portable_settings
 from keepstill.read import StagedRun
-from keepstill.realigned import Realigned
+from keepstill.realigned import Realigned, is_shared_reference, shared_reference_uri
 from keepstill.settings import RealignSettings
 
 CODE_URL = "https://github.com/keepstill/keepstill"
@@ -111,20 +111,22 @@ def sidecar(
 def _provenance(result: Realigned, output: str, output_dir: Path) -> dict[str, Any]:
     """What made the file: sources, and every setting that entered the run's key."""
     text = _TEXTS[output] + (_TSNR_TEXT if output.startswith("tsnr") else "")
-    reference = Path(result.settings.reference).name
     return {
         "Description": text,
         "Sources": _sources(result, output, output_dir),
         "KeepstillVersion": __version__,
-        "KeepstillSettings": asdict(result.settings) | {"reference": reference},
+        "Engine": result.engine,
+        "KeepstillSettings": named_settings(result.settings),
         "Reference": _reference(result),
     }
 
 
 def _sources(result: Realigned, output: str, output_dir: Path) -> list[str]:
     found, settings = result.run.found, result.settings
-    if output == "boldref" and settings.reference not in REFERENCES:
-        return [input_uri(Path(settings.reference), found["bids_dir"], output_dir)]
+    if output == "boldref" and settings.image:
+        if is_shared_reference(settings.image):
+            return [shared_reference_uri(settings.image)]
+        return [input_uri(settings.image, found["bids_dir"], output_dir)]
     inputs = found.get("sources", [found["source"]])  # several, if a mean of echoes
     raw = [input_uri(Path(path), found["bids_dir"], output_dir) for path in inputs]
     sources = list(_SOURCES[output])
@@ -132,6 +134,12 @@ def _sources(result: Realigned, output: str, output_dir: Path) -> list[str]:
         sources[sources.index("bold")] = "raw" if result.series is not None else ""
     made = [[result.uri(source)] if source != "raw" else raw for source in sources if source]
     return [uri for uris in made for uri in uris]
+
+
+def named_settings(settings: RealignSettings) -> dict[str, Any]:
+    """Settings as sidecars show them: files by their names alone."""
+    names = ("reference", "shared_reference")
+    return asdict(settings) | {name: Path(getattr(settings, name)).name for name in names}
 
 
 def input_uri(path: Path, bids_dir: str | None, output_dir: Path) -> str:
@@ -145,9 +153,9 @@ def input_uri(path: Path, bids_dir: str | None, output_dir: Path) -> str:
 def _reference(result: Realigned) -> str:
     """Which image the run was realigned to."""
     settings = result.settings
-    if settings.reference not in REFERENCES:
-        content = portable_settings(settings)["reference"]
-        return f"{Path(settings.reference).name} ({content})"
+    if settings.image:
+        values = portable_settings(settings)
+        return f"{settings.image.name} ({values['shared_reference'] or values['reference']})"
     volumes = np.flatnonzero(result.per_volume["status"] == "reference")
     if volumes.size:
         return f"volume {volumes[0]}"
@@ -200,6 +208,26 @@ def _transforms_fields(result: Realigned) -> dict[str, Any]:
         "TranslationUnits": "mm",
         "RotationCentre": "world origin",
         "FailedVolumes": np.flatnonzero(result.failed).tolist(),
+    } | _check_fields(result)
+
+
+def _check_fields(result: Realigned) -> dict[str, Any]:
+    """What ITK said of some volumes, where it was asked."""
+    if result.check is None:
+        return {}
+    check = result.check
+    return {
+        "Check": {
+            "Engine": f"ITK {result.itk_version}",
+            "Description": "Mean distance over the brain between where both engines see a voxel",
+            "Units": "mm",
+            "Volumes": check["volumes"],
+            "Differences": check["difference_mm"],
+            "Median": check["median_mm"],
+            "Worst": check["worst_mm"],
+            "WarningAbove": check["warn_mm"],
+            "FailedVolumes": check["failed_volumes"],
+        }
     }
 
 

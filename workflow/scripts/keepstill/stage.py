@@ -33,6 +33,7 @@ from keepstill.nifti import (
     HEADER_BYTES,
     Layout,
     check_run_shape,
+    check_same_grid,
     check_units,
     parse_layout,
 )
@@ -43,6 +44,7 @@ STAGED = "staged.json"
 STAGED_VOXELS = "bold.nii"
 REALIGNED_VOXELS = "realigned.raw"
 MOTION = "motion.npz"
+ITK_NOTE = "itk.json"
 _OVERFLOW = "overflow"  # a link to where the voxels are, if they are not here
 _LOCK = "lock"
 # Room for what is written later: staged.json and motion.npz with its reference and masks.
@@ -105,6 +107,7 @@ def stage_run(
     chunks = Chunks(source, run)
     layout = parse_layout(chunks.peek(HEADER_BYTES), run, settings.affine_source)
     check_run_shape(layout, run, settings.in_plane)
+    _check_shared(layout, run, settings)
     warnings = check_units(layout, run)
     refuse_impossible_size(layout, stamp.bytes, run)
     voxels_dir = _reserve(stage_dir, layout, settings, run)
@@ -142,12 +145,27 @@ def _look_over(
 
 def _refuse_without_sbref(source: Path, run: str, settings: RealignSettings) -> None:
     """Refuse a run whose single-band reference is wanted and was not found."""
-    if settings.reference == SBREF:
+    if settings.reference == SBREF and not settings.shared_reference:
         name = f"{source.name.removesuffix('.gz').removesuffix('.nii').removesuffix('_bold')}_sbref"
         raise InputError(
             f"{run}: no {name}.nii[.gz] beside {source.name}; add it, name it in a table of runs, "
             "or choose another reference"
         )
+
+
+def _check_shared(layout: Layout, run: str, settings: RealignSettings) -> None:
+    """Refuse a run whose shared reference is missing, or on another grid that was not asked for."""
+    if not settings.shared_reference:
+        return
+    image = Path(settings.shared_reference)
+    if not image.is_file():
+        raise InputError(
+            f"{run}: {image.name}, in whose space it is to end, is not in {image.parent}; add it, "
+            "or choose another reference"
+        )
+    if settings.grid == "auto":
+        other = parse_layout(Chunks(image, image.name).peek(HEADER_BYTES), image.name)
+        check_same_grid(layout, other, run, image.name)
 
 
 def _identity(source: Path, run: str, origin: Origin) -> dict[str, Any]:

@@ -4,12 +4,14 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from keepstill.bids import (
+    Filters,
     Run,
     Sidecars,
     filter_runs,
@@ -28,11 +30,14 @@ from keepstill.manifest import (
     manifest_path,
     portable_settings,
     run_key,
+    shared_entry,
 )
 from keepstill.mean_echo import joint_sha256
 from keepstill.misnamed import NONE_MISNAMED, Misnamed
 from keepstill.multi_echo import with_leaders
+from keepstill.realigned import shared_reference_path
 from keepstill.run_table import read_run_table
+from keepstill.scopes import RUN, first_runs, scope_name
 from keepstill.settings import SBREF, RealignSettings, with_sbref
 from keepstill.stage import (
     claim_stage_root,
@@ -45,12 +50,15 @@ from keepstill.truth import truth_path
 
 # In the order a run goes through them; an echo of a multi-echo run has the last one only.
 RULES = ("stage", "realign", "collect", "page_run", "reslice_echo")
-FLAGS = ("collected", "paged", "resliced")
+SHARED_RULES = ("stage_reference", "make_reference")
+FLAGS = ("collected", "paged", "resliced", "shared")
 WAITING = ": waiting for "  # said by a lane, and no error
 ERROR_PREFIX = "keepstill: "  # of an error's line in a log
 EXIT_PREFIX = "exit status "  # of the last line of a failed job's log
 KILLED_PREFIX = "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: "  # MPICH's mpirun
 MAX_FAILURES_SHOWN = 50
+# Where Slurm, PBS, LSF and Grid Engine tell a job its number.
+_JOB_NUMBERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 
 class Plan(NamedTuple):
@@ -65,12 +73,15 @@ class Plan(NamedTuple):
     study_page : bool
     echoes : tuple of str
         Echoes of multi-echo runs to reslice, once the run's motion is known.
+    references : tuple of str
+        Scopes whose shared reference is to make, before their runs are realigned.
     """
 
     runs: tuple[str, ...]
     pages: tuple[str, ...]
     study_page: bool
     echoes: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
     def in_words(self, n_runs: int) -> str:
         """What is left to do in a study of so many runs, echoes not counted."""
@@ -82,7 +93,8 @@ class Plan(NamedTuple):
         if not self.runs:
             what = ", ".join(echoes + pages) or "the study's page to make"
             return f"{found}, all {'realigned' if echoes else 'complete'}; {what}"
-        to_do = ", ".join([f"{len(self.runs)} to do", *echoes, *pages])
+        shared = [f"{counted(len(self.references), 'reference')} to make"] * bool(self.references)
+        to_do = ", ".join([f"{len(self.runs)} to do", *echoes, *shared, *pages])
         return f"{found} found, {n_runs - len(self.runs)} complete, {to_do}"
 
 
@@ -105,6 +117,11 @@ class Study:
         Whether pages are wanted.
     misnamed : Misnamed
         Files that look like runs and are not named like them.
+    scope : str
+        ``run``, ``session`` or ``subject``: what the runs of which end in one space.
+    firsts : dict
+        Name of each scope -> its first run, in whose space the others end; it need not be among
+        `runs`. Empty where every run ends in its own, or all in that of a file.
     """
 
     bids_dir: Path | None
@@ -114,17 +131,26 @@ class Study:
     runs: Mapping[str, Run]
     has_pages: bool
     misnamed: Misnamed = NONE_MISNAMED
+    scope: str = RUN
+    firsts: Mapping[str, Run] = field(default_factory=dict)
 
     @functools.cached_property
     def stage_dir(self) -> Path:
         """Folder of this study in the stage root.
 
         Its name is a hash of what must agree for a staged run to be of use again, so what a
-        killed study left behind is never taken for the work of another.
+        killed study left behind is never taken for the work of another. A cluster job has a
+        folder of its own: that of a call that was killed may still be at work on the same node.
         """
-        identity = [str(self.output_dir), portable_settings(self.settings), engine_sha256()]
+        job = next((os.environ[name] for name in _JOB_NUMBERS if name in os.environ), None)
+        settings = portable_settings(self.settings)
+        identity = [job, str(self.output_dir), settings, engine_sha256()]
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return self.stage_root / name[:12]
+
+    def shared_stage_dir(self, scope: str) -> Path:
+        """Folder in which the first run of a scope is worked on for its reference."""
+        return self.stage_dir / f"reference-{scope}"
 
     @functools.cached_property
     def _sidecars(self) -> Sidecars:
@@ -132,15 +158,18 @@ class Study:
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What a run's sidecars say."""
-        return metadata_of(self.runs[name], self._sidecars)
+        return self._metadata_of(self.runs[name])
 
-    def origin(self, run: str) -> list[str]:
+    def _metadata_of(self, run: Run) -> dict[str, Any]:
+        return metadata_of(run, self._sidecars)
+
+    def origin(self, run: Run) -> list[str]:
         """Arguments that tell stage_run.py what a run is part of."""
-        sidecar = self.runs[run].sidecar
-        part = ["--sidecar", str(sidecar)] if sidecar else ["--bids-dir", str(self.bids_dir)]
-        for name, path in self.runs[run].mean_of:
+        in_data_set = ["--bids-dir", str(self.bids_dir)]
+        part = ["--sidecar", str(run.sidecar)] if run.sidecar else in_data_set
+        for name, path in run.mean_of:
             part += ["--mean-of", name, str(path)]
-        return [*part, "--multi-echo"] if self.runs[run].echoes else part
+        return [*part, "--multi-echo"] if run.echoes else part
 
     def moved_by(self, run: str) -> str:
         """The run that a run's motion is that of: of an echo, its leader; of any other, itself."""
@@ -159,15 +188,44 @@ class Study:
 
         An echo's are those of the run whose motion it has.
         """
+        run = self.runs[self.moved_by(name)]
+        if self.firsts:
+            return replace(self.settings, shared_reference=str(self._shared_reference(run)))
         if self.settings.reference != SBREF:
             return self.settings
-        run = self.runs[self.moved_by(name)]
         return with_sbref(self.settings, run.sbref or find_sbref(run.source))
+
+    def _shared_reference(self, run: Run) -> Path:
+        """The image in whose space all runs of the run's scope end, which need not be there."""
+        scope = scope_name(run, self.scope)
+        if self.settings.reference != SBREF:
+            return self.output_dir / shared_reference_path(scope)
+        first = self.firsts[scope]
+        missing = first.source.with_name(f"{first.name}_sbref.nii.gz")
+        return (first.sbref or find_sbref(first.source) or missing).absolute()
+
+    def made_for(self, run: str) -> str | None:
+        """Name of the scope whose reference is made before a run is begun; None if none is."""
+        if not self.firsts or self.settings.reference == SBREF:
+            return None
+        return scope_name(self.runs[run], self.scope)
+
+    def has_reference(self, scope: str) -> bool:
+        """Whether a scope's reference is that of its first run as it is now."""
+        first = self.firsts[scope]
+        try:
+            key = self._key_of(first, self._metadata_of(first), self.settings.for_sharing)
+        except InputError:
+            return False  # stage says what is wrong
+        return has_key(shared_entry(scope), key, self.output_dir)
 
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""
         leader = self.runs[run].leader
         if not manifest_path(self.output_dir, run, is_echo=leader is not None).exists():
+            return False
+        scope = self.made_for(run)
+        if scope is not None and not self.has_reference(scope):
             return False
         try:
             metadata = self.metadata(run)
@@ -179,13 +237,21 @@ class Study:
 
     def _run_key(self, run: str, metadata: Mapping[str, Any]) -> str | None:
         """Key of a run, as its input is now; None if that cannot be read."""
-        sources = self.runs[run].mean_of or ((run, self.runs[run].source),)
+        settings = self.settings_of(run)
+        if settings.image and not settings.image.is_file():
+            return None
+        return self._key_of(self.runs[run], metadata, settings)
+
+    def _key_of(
+        self, run: Run, metadata: Mapping[str, Any], settings: RealignSettings
+    ) -> str | None:
+        sources = run.mean_of or ((run.name, run.source),)
         hashes = [known_sha256(self.output_dir, *named) for named in sources]
         known = [sha256 for sha256 in hashes if sha256 is not None]
         if len(known) < len(hashes):
             return None
-        sha256 = joint_sha256(known) if self.runs[run].mean_of else known[0]
-        return run_key(sha256, metadata, self.settings_of(run))
+        sha256 = joint_sha256(known) if run.mean_of else known[0]
+        return run_key(sha256, metadata, settings)
 
     def _echo_key(self, echo: str, metadata: Mapping[str, Any]) -> str | None:
         """Key of an echo, as its input and its leader's are now; None if one cannot be read."""
@@ -231,13 +297,15 @@ class Study:
         wanting = [run for run in self.runs.values() if not self.is_complete(run.name)]
         to_do = tuple(run.name for run in wanting if run.leader is None)
         echoes = tuple(run.name for run in wanting if run.leader is not None)
+        scopes = {scope for run in to_do if (scope := self.made_for(run)) is not None}
+        references = tuple(scope for scope in sorted(scopes) if not self.has_reference(scope))
         if not self.has_pages:
-            return Plan(to_do, (), False, echoes)
+            return Plan(to_do, (), False, echoes, references)
         paged = {run.name for run in self.runs.values() if run.leader is None}
         complete = paged - set(to_do)
         pages = tuple(run for run in sorted(complete) if not self.has_page(run))
         study_page = bool(to_do or pages) or not self._has_study_page(complete)
-        return Plan(to_do, pages, study_page, echoes)
+        return Plan(to_do, pages, study_page, echoes, references)
 
     def failures(self, plan: Plan, since_s: float) -> list[str]:
         """One line for each run of the plan that failed since a time (seconds, Unix)."""
@@ -245,9 +313,12 @@ class Study:
         incomplete = {run for run in planned if not self.is_complete(run)}
         pageless = {run for run in (*plan.runs, *plan.pages) if self.has_pages} - incomplete
         failed = incomplete | {run for run in pageless if not self.has_page(run)}
-        reasons = {run: self._reason(run, since_s) for run in sorted(failed)}
-        lines = [f"{run}: {reason}" for run, reason in reasons.items() if reason]
-        n_waiting = len(reasons) - len(lines)
+        shared = {scope: self._reason(scope, since_s, SHARED_RULES) for scope in plan.references}
+        of_scope = {run: shared.get(self.made_for(run) or "") for run in failed}
+        lines = [self._without_reference(scope, why) for scope, why in shared.items() if why]
+        reasons = {run: self._reason(run, since_s) for run in sorted(failed) if not of_scope[run]}
+        lines += [f"{run}: {reason}" for run, reason in reasons.items() if reason]
+        n_waiting = len({self.moved_by(run) for run, reason in reasons.items() if not reason})
         if len(lines) > MAX_FAILURES_SHOWN:
             rest = len(lines) - MAX_FAILURES_SHOWN
             lines[MAX_FAILURES_SHOWN:] = [f"and {rest} more; see {self.output_dir / 'logs'}"]
@@ -259,13 +330,20 @@ class Study:
             )
         return lines
 
-    def _reason(self, run: str, since_s: float) -> str | None:
+    def _without_reference(self, scope: str, reason: str) -> str:
+        """Why no run of a scope was begun."""
+        n_runs = sum(self.made_for(run) == scope for run in self.runs if self.moved_by(run) == run)
+        first = self.firsts[scope].name
+        reason = reason.removeprefix(f"{first}: ")
+        return (
+            f"{scope}: no reference from {first}, so {counted(n_runs, 'run')} not begun: {reason}"
+        )
+
+    def _reason(self, run: str, since_s: float, rules: Sequence[str] = RULES) -> str | None:
         """Why a run failed; None if none of its logs says that it did."""
-        for rule in reversed(RULES):
-            log = self.log_path(rule, run)
-            if log.exists() and log.stat().st_mtime >= since_s:
-                return _failure(log, run)
-        return None
+        logs = (self.log_path(rule, run) for rule in reversed(rules))
+        fresh = (log for log in logs if log.exists() and log.stat().st_mtime >= since_s)
+        return next(filter(None, (_failure(log, run) for log in fresh)), None)
 
     def _has_study_page(self, complete: Iterable[str]) -> bool:
         made = (self.output_dir / "index.html",)
@@ -302,23 +380,38 @@ def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
     table, filters = run_table_of(config), filters_of(config)
     if table:
         bids_dir, misnamed = None, NONE_MISNAMED
-        runs = filter_runs(read_run_table(table), filters, table)
+        known = read_run_table(table)
+        runs = filter_runs(known, filters, table)
     else:
         bids_dir = Path(config["bids_dir"])
         runs, misnamed = index_runs(bids_dir, filters)
-    sidecars = Sidecars(bids_dir)
-    runs = with_leaders(runs, config["estimate_echo"], lambda run: metadata_of(run, sidecars))
+        known = _known_runs(bids_dir, filters, runs, config["reference_scope"])
+    sidecars, settings, scope = Sidecars(bids_dir), settings_of(config), config["reference_scope"]
+    echoes = config["estimate_echo"], lambda run: metadata_of(run, sidecars)
+    is_shared = scope != RUN and settings.image is None
+    firsts = first_runs(runs, known, scope, echoes) if is_shared else {}
+    runs = with_leaders(runs, *echoes)
     if not config["reslice"]:
         runs = [run for run in runs if run.leader is None]  # echoes have nothing else
     return Study(
         bids_dir=bids_dir,
         output_dir=Path(config["output_dir"]),
         stage_root=private_stage_root(Path(config["stage_root"])),
-        settings=settings_of(config),
+        settings=settings,
         runs={run.name: run for run in runs},
         has_pages=config["pages"],
         misnamed=misnamed,
+        scope=scope,
+        firsts=firsts,
     )
+
+
+def _known_runs(bids_dir: Path, filters: Filters, runs: list[Run], scope: str) -> list[Run]:
+    """All runs of the participants that a call is about, if it matters which run is their first."""
+    others = [labels for name, labels in filters.items() if name != "participants"]
+    if scope == RUN or all(labels is None for labels in others):
+        return runs
+    return index_runs(bids_dir, {"participants": filters["participants"]}).runs
 
 
 def plan_study(study: Study) -> Plan:
@@ -332,6 +425,7 @@ def plan_study(study: Study) -> Plan:
         *(study.flag_path(run, "collected") for run in plan.runs),
         *(study.flag_path(run, "paged") for run in (*plan.runs, *plan.pages)),
         *(study.flag_path(run, "resliced") for run in plan.echoes),
+        *(study.flag_path(scope, "shared") for scope in plan.references),
         study.flag_path("study", "paged"),
     }
     for flag in stale.intersection(flags):
@@ -346,13 +440,21 @@ def clear_stage(study: Study, plan: Plan) -> None:
     """
     for run in (*plan.runs, *plan.echoes):
         remove_stage(study.stage_dir / run)
-    for run in (*plan.runs, *plan.echoes, *plan.pages, "study"):
+    for scope in plan.references:
+        remove_stage(study.shared_stage_dir(scope))
+    for run in (*plan.runs, *plan.echoes, *plan.pages, *plan.references, "study"):
         for step in FLAGS:
             study.flag_path(run, step).unlink(missing_ok=True)
-    sweep_stage_root(study.stage_root)  # the study's own folder too, unless another call holds it
-    for folder in (study.stage_root, study.flag_dir):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    sweep_study(study)
+    with contextlib.suppress(OSError):
+        study.flag_dir.rmdir()
+
+
+def sweep_study(study: Study) -> None:
+    """Remove the study's stage directory, unless another call holds it, and an empty stage root."""
+    sweep_stage_root(study.stage_root)
+    with contextlib.suppress(OSError):
+        study.stage_root.rmdir()
 
 
 def hold_stage(study: Study) -> TextIO:

@@ -12,9 +12,11 @@ from keepstill.manifest import (
     DAMAGED,
     ECHOES,
     MANIFESTS,
+    SHARED,
     manifest_path,
     mark_damaged,
     read_manifest,
+    shared_entry,
 )
 
 
@@ -55,7 +57,7 @@ def verify(derivatives: Path, *, is_deep: bool = False, n_threads: int = 1) -> l
     Returns
     -------
     checked : list of Checked
-        In the order of the runs' names, echoes last.
+        In the order of the runs' names, echoes after them, then what scopes share.
 
     Raises
     ------
@@ -65,6 +67,8 @@ def verify(derivatives: Path, *, is_deep: bool = False, n_threads: int = 1) -> l
     manifests = derivatives / MANIFESTS
     runs = [(path.stem, False) for path in sorted(manifests.glob("*.json"))]
     runs += [(path.stem, True) for path in sorted((manifests / ECHOES).glob("*.json"))]
+    shared = sorted((manifests / SHARED).glob("*.json"))
+    runs += [(shared_entry(path.stem), False) for path in shared]
     if not runs:
         raise InputError(f"{derivatives}: no manifest found; needs an output_dir of keepstill")
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
@@ -76,16 +80,20 @@ def in_words(checked: Iterable[Checked], *, is_deep: bool) -> list[str]:
     """A line for each damaged file, and one for all."""
     checked = list(checked)
     lines = [f"{one.run}: {path}: {what}" for one in checked for path, what in one.damaged.items()]
-    n_outputs = sum(one.n_outputs for one in checked)
+    n_outputs, n_checked = sum(one.n_outputs for one in checked), len(_runs(checked))
     compared = "size and sha256" if is_deep else "size"
-    total = (
-        f"{counted(n_outputs, 'output')} of {counted(len(checked), 'run')} compared by {compared}"
-    )
+    total = f"{counted(n_outputs, 'output')} of {counted(n_checked, 'run')} compared by {compared}"
     if not lines:
         return [f"{total}: all as they were written"]
-    n_runs = sum(bool(one.damaged) for one in checked)
-    again = f"the next call of the workflow does {counted(n_runs, 'run')} again"
+    n_runs = len(_runs(one for one in checked if one.damaged))
+    what = counted(n_runs, "run") if n_runs else "what runs share, and them,"
+    again = f"the next call of the workflow does {what} again"
     return [*lines, f"{total}: {len(lines)} damaged; {again}"]
+
+
+def _runs(checked: Iterable[Checked]) -> list[str]:
+    """Names of runs and echoes, references left out."""
+    return [one.run for one in checked if not one.run.startswith(shared_entry(""))]
 
 
 def _check(derivatives: Path, run: str, is_echo: bool, *, is_deep: bool) -> Checked:

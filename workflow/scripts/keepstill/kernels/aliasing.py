@@ -114,8 +114,8 @@ def fill_factors(
 
     Parameters
     ----------
-    factors : (28, k) float32
-        Filled for the points of a block: rows of lower triangles, their diagonals inverted.
+    factors : (28, n) float32
+        Filled at the points of the block: rows of lower triangles, their diagonals inverted.
     points : Points
         Of the block: its rows alone, which still say their places among all points.
     fitted : Fitted
@@ -128,7 +128,7 @@ def fill_factors(
     waves = np.empty((N_FIELDS - 1, length), np.float32)
     normal = np.empty((N_FACTORS, length), np.float32)
     for r in range(rows.shape[0]):
-        n, at = rows[r, 3], rows[r, 4] - rows[0, 4]
+        n, at = rows[r, 3], rows[r, 4]
         normal[:] = 0
         normal[0] = _LEAST_CERTAINTY
         for a in range(1, N_FIELDS):
@@ -204,24 +204,21 @@ def fit_fields(
     points: Points,
     fitted: Fitted,
     steps: NDArray[np.float32],
-    refit: bool,
 ) -> NDArray[np.float64]:
     """Fields that explain the residuals best, and what is left of them for each volume's motion.
 
     Parameters
     ----------
     fields : (7, n) float32
-        Filled at the points of the block, or used as they are.
-    factors : (28, k) float32
-        From `fill_factors`, of the same block.
+        Filled at the points of the block.
+    factors : (28, n) float32
+        From `fill_factors`.
     points : Points
         Of the block, as there.
     fitted : Fitted
         As there.
     steps : (m, 8) float32
         Steps of each volume that are taken off its residuals beforehand.
-    refit : bool
-        Whether the fields are fitted; else the factors are not looked at.
 
     Returns
     -------
@@ -239,16 +236,11 @@ def fit_fields(
         for v in range(m):
             fill_waves(waves[v], tables[v], fitted.phases[v, r], n)
         _take_off_steps(left, fitted, points.jacobian, steps, (at, r))
-        if refit:
-            _fill_right(solved, waves, left, fitted.spans, r)
-            _solve(solved, factors, at - rows[0, 4], n)
-            for a in range(N_FIELDS):
-                for i in range(n):
-                    fields[a, at + i] = solved[a, i]
-        else:
-            for a in range(N_FIELDS):
-                for i in range(n):
-                    solved[a, i] = fields[a, at + i]
+        _fill_right(solved, waves, left, fitted.spans, r)
+        _solve(solved, factors, at, n)
+        for a in range(N_FIELDS):
+            for i in range(n):
+                fields[a, at + i] = solved[a, i]
         _take_off_all_fields(left, waves, solved, fitted.spans, r)
         _add_lanes(lanes, left, points.test_jacobian, fitted.spans, (at, r))
     right = np.zeros((m, N_COLUMNS))

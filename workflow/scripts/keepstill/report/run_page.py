@@ -130,6 +130,7 @@ def _summary_figures(record: RunRecord, confounds: Confounds) -> list[tuple[str,
         ("Outlier volumes", str(outliers), f"({number(100 * outliers / n_volumes, 1)} %)"),
         ("Failed volumes", str(failed), f"({number(100 * failed / n_volumes, 1)} %)"),
         ("Mean expected error", number(finite_mean(columns[ERROR_COLUMN][good]), 4), "mm"),
+        *_check_figures(summary),
         ("Mean standardised DVARS", number(summary.get("mean_std_dvars"), 3), ""),
         ("Brain in every volume", number(_percent(summary.get("brain_coverage")), 1), "%"),
         (
@@ -144,6 +145,15 @@ def _filtered_figure(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """As `_summary_figures`, of displacement without breathing, where that was asked for."""
     mean_mm = summary.get("mean_fd_filtered_mm")
     return [] if mean_mm is None else [("… without breathing", number(mean_mm, 3), "mm")]
+
+
+def _check_figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """As `_summary_figures`, of how far ITK is from what was found, where it was asked."""
+    check = summary.get("check")
+    if not check:
+        return []
+    median, worst = (number(check[name], 3) for name in ("median_mm", "worst_mm"))
+    return [(f"{check['engine']} differs by (median, worst)", f"{median}, {worst}", "mm")]
 
 
 def _error_figures(error: TruthError | None) -> list[tuple[str, str, str]]:

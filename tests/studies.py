@@ -1,0 +1,37 @@
+"""Simulated studies, and Snakemake called on them from an environment that is not activated."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from keepstill.__main__ import main
+
+CLONE = Path(__file__).parents[1]
+
+
+def simulate(study: Path, options: str) -> None:
+    """A study of heads of known motion."""
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", str(study), *options.split()])
+    assert ended.value.code == 0
+
+
+def call(root: Path, *config: str, status: int = 0) -> list[str]:
+    """Our own lines of Snakemake's call on the study in a folder, which ends with a status."""
+    command = [
+        *(sys.executable, "-m", "snakemake", "--cores", "2"),
+        *("--snakefile", str(CLONE / "Snakefile")),
+        *("--workflow-profile", str(CLONE / "profiles" / "default")),
+        *("--config", "bids_dir=study", "output_dir=out", f"stage_root={root / 'memory'}"),
+        *config,
+    ]
+    environment = os.environ | {"PATH": os.defpath}
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == status, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("keepstill: ")]
+    return [line for line in lines if ": waiting for " not in line]

@@ -24,7 +24,7 @@ import llvmlite  # type: ignore[import-untyped]
 import numba
 from llvmlite import binding
 from numba.core import caching
-from numba.core.runtime import rtsys
+from numba.core.runtime.nrt import rtsys
 
 _FunctionCache: Any = caching.FunctionCache  # its stubs are incomplete
 _CompileResultCacheImpl: Any = caching.CompileResultCacheImpl

@@ -91,7 +91,7 @@ class Place:
             first, settings = study.firsts[scope], study.settings.for_sharing
             stage_dir = self.root / "stage" / f"reference-{scope}"
             stage_run(first.source, first.name, runs.Origin(self.raw), stage_dir, settings)
-            make_shared_reference(stage_dir, scope, self.out, settings, Crew())
+            make_shared_reference(stage_dir, scope, self.out, settings, Crew(2))
         for run in plan.runs:
             self.realign(study, run)
         return list(plan.references), list(plan.runs)
@@ -234,7 +234,7 @@ def test_scopes_and_their_first_runs(images, tmp_path):
 
 @pytest.mark.parametrize("reference", ["middle", "mean", "median", "lowest-motion"])
 def test_the_reference_is_the_first_run_s_own(images, tmp_path, reference):
-    """Whatever is named: what the run would have by itself, voxel for voxel."""
+    """Whatever is named: what the run has by itself, voxel for voxel, if another thread helps."""
     place, alone = (Place(tmp_path / name, images, (FIRST, SECOND)) for name in ("a", "b"))
     place.call(reference=reference)
     alone.call(reference=reference, reference_scope="run")
@@ -261,6 +261,8 @@ def test_the_first_run_s_sbref_is_all_runs_(head, images, tmp_path):
     assert max(errors_mm) < 0.16, errors_mm
     assert table(place, FIRST)["trans_x"][0] == "0" != table(place, FIRST)["run_trans_x"][0]
     assert place.call(reference="sbref") == ([], [])
+    nib.save(nib.Nifti1Image(np.clip(volume, 0, None).T, AFFINE), sbref)
+    assert place.study(reference="sbref").make_plan().runs == (FIRST, LATER)
     sbref.unlink()
     with pytest.raises(InputError, match=rf"{FIRST}: {FIRST}_sbref\.nii\.gz, in whose space it is"):
         place.call(reference="sbref")
@@ -320,6 +322,13 @@ def test_a_reference_that_fails_is_told_once(images, tmp_path):
         f"sub-01: no reference from {FIRST}, so 3 runs not begun: the gzip stream is damaged; copy "
         "it again"
     ]
+    source_of(place.raw, FIRST).write_bytes(b"no run")
+    refused = dict(study_needs(study, study.runs).refused)
+    assert list(refused) == [FIRST, SECOND, LATER]
+    assert refused[LATER] == (
+        "no sub-01_desc-shared_boldref.nii.gz, in whose space it is to end: what that is made of "
+        "cannot be read"
+    )
     log.write_text("keepstill: sub-01: reference made\n")
     assert study.failures(plan, since_s) == ["3 runs not finished; the next call goes on with them"]
 

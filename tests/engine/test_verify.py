@@ -113,6 +113,23 @@ def test_entries_that_say_nothing(out: Path) -> None:
     ]
 
 
+def test_what_a_scope_shares_is_looked_at_too(out: Path) -> None:
+    """By its content; it is no run, and all that end in it are done again."""
+    path = out / "shared.nii.gz"
+    path.write_bytes(b"shared")
+    outputs = manifest.describe_outputs(out, [path])
+    entry = manifest.shared_entry("sub-01")
+    described = manifest.Manifest(entry, "0" * 64, 1, {}, RealignSettings(), outputs, {})
+    manifest.write_manifest(out, described)
+    (all_well,) = lines(out, is_deep=True)
+    assert all_well.startswith("4 outputs of 2 runs ")
+    path.write_bytes(b"SHARED")
+    damaged, last = lines(out, is_deep=True)
+    assert damaged == "references/sub-01: shared.nii.gz: another content (sha256)"
+    assert last.endswith("does what runs share, and them, again")
+    assert manifest.read_manifest(out, entry) and not manifest.whole_manifest(out, entry)
+
+
 def test_a_folder_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["verify", str(tmp_path)])

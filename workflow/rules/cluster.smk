@@ -40,7 +40,7 @@ def settle():
 
     That is when it calls input functions, which all runs have one of.
     """
-    if IS_SUBMITTING:
+    if IS_SUBMITTING and not workflow.local_exec:  # it is with snakemake -j and in a dry run
         settings = workflow.group_settings
         settings.group_components = {**settings.group_components, "run": runs_of_a_job()}
         tell(f"cluster: {counted(runs_of_a_job(), 'run')} a job")

@@ -1,4 +1,5 @@
-# One echo of a multi-echo run: staged, resliced with the motion of its run, and written.
+# One echo of a multi-echo run: staged, resliced with the motion of its run, and written. It leases no
+# cores, as collect does not: its threads are free to go where lanes leave some idle.
 rule reslice_echo:
     input:
         collected_flag,

@@ -112,8 +112,7 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
             check_run_shape(layout, name, study.settings.in_plane)
             check_units(layout, name)
             settings, image = study.settings_of(name), images.layout(name)
-            if image and settings.shared_reference and settings.grid == "auto":
-                check_same_grid(layout, image, name, Path(settings.shared_reference).name)
+            _check_shared(layout, image, name, settings)
         except InputError as error:
             refused.append((name, str(error).removeprefix(f"{name}: ")))
             continue
@@ -122,6 +121,19 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
         lane_bytes = max(lane_bytes, needs.lane_bytes)
         cpu_s += needs.cpu_s
     return Needs(output_bytes, lane_bytes, cpu_s, tuple(refused))
+
+
+def _check_shared(
+    layout: Layout, image: Layout | None, run: str, settings: RealignSettings
+) -> None:
+    """Refuse a run whose shared reference cannot be had, or is on a grid that was not asked for."""
+    name = Path(settings.shared_reference).name
+    if name and image is None:
+        raise InputError(
+            f"{run}: no {name}, in whose space it is to end: what that is made of cannot be read"
+        )
+    if name and image and settings.grid == "auto":
+        check_same_grid(layout, image, run, name)
 
 
 def needs_of(

@@ -106,9 +106,7 @@ def stage_run(
     stamp = _checked_stamp(source, run)
     chunks = Chunks(source, run)
     layout = parse_layout(chunks.peek(HEADER_BYTES), run, settings.affine_source)
-    check_run_shape(layout, run, settings.in_plane)
-    _check_shared(layout, run, settings)
-    warnings = check_units(layout, run)
+    warnings = _check_layout(layout, run, settings)
     refuse_impossible_size(layout, stamp.bytes, run)
     voxels_dir = _reserve(stage_dir, layout, settings, run)
     try:
@@ -151,6 +149,13 @@ def _refuse_without_sbref(source: Path, run: str, settings: RealignSettings) -> 
             f"{run}: no {name}.nii[.gz] beside {source.name}; add it, name it in a table of runs, "
             "or choose another reference"
         )
+
+
+def _check_layout(layout: Layout, run: str, settings: RealignSettings) -> list[str]:
+    """Refuse a header that is not that of a run to be realigned; warnings."""
+    check_run_shape(layout, run, settings.in_plane)
+    _check_shared(layout, run, settings)
+    return check_units(layout, run)
 
 
 def _check_shared(layout: Layout, run: str, settings: RealignSettings) -> None:

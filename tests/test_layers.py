@@ -34,6 +34,7 @@ LAYERS = (
     ("config_files", "study", "simulate"),
     ("preflight", "selftest", "ladder"),
     ("job_requests",),
+    ("tune",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

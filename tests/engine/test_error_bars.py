@@ -101,9 +101,9 @@ def test_no_noise_no_error():
     assert (with_error_bars({0: estimate})[0].covariance == 0).all()
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(3.0, 3.6), (0.5, 1.2), (1e6, 100.0)])
+@pytest.mark.parametrize(("factor", "expected"), [(3.0, 3.3), (0.5, 1.1), (1e6, 100.0)])
 def test_blocks_count_as_a_mean_over_the_run(factor, expected):
-    """Half of the blocks' factor is in each second volume; there is no less than 1.2 x noise."""
+    """Half of the blocks' factor is in each second volume; there is no less than 1.1 x noise."""
     estimates = {}
     for t, part in enumerate((0.5, 1.5, 0.5, 1.5)):
         noise = covariance_of(t // 2)
@@ -114,18 +114,6 @@ def test_blocks_count_as_a_mean_over_the_run(factor, expected):
     for t in range(4):
         np.testing.assert_allclose(found[t].covariance, estimates[t].covariance * expected)
     assert np.isnan(found[4].covariance).all()
-
-
-def test_what_the_last_steps_moved_counts():
-    """About their mean: an offset of all volumes is the reference's."""
-    still = {t: estimate_with(covariance_of(1), covariance_of(1)) for t in range(4)}
-    moved = {t: replace(e, last_step=np.full(6, 7.0)) for t, e in still.items()}
-    for t, sign in enumerate((1, -1, 1, -1)):
-        step = np.array([0.03 * sign, 0, 0, 0, 0, 0.0])
-        moved[t] = replace(moved[t], last_step=moved[t].last_step + step)
-    noise = mean_square_mm2(covariance_of(1))
-    found = with_error_bars(moved)[0].covariance / with_error_bars(still)[0].covariance
-    np.testing.assert_allclose(found, 1 + 0.12 * 0.03**2 / noise / 1.2)
 
 
 def test_noise_that_the_model_explains():

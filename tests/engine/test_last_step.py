@@ -11,6 +11,7 @@ from keepstill import geometry, phantom
 from keepstill.error_bars import (
     displacement_form,
     expected_errors_mm,
+    mean_square_mm2,
     with_error_bars,
     with_explained_noise,
 )
@@ -132,6 +133,25 @@ def test_a_mean_over_blocks_is_all_that_differs(turned):
         assert np.linalg.eigvalsh(covariance).min() > 0
     ratio = np.trace(found.covariance_by_blocks[:3, :3]) / np.trace(found.covariance[:3, :3])
     assert 0.2 < ratio < 20
+
+
+def test_noise_alone_makes_blocks_disagree_by_noise(turned):
+    """White residuals: the mean of what blocks show is what single points do, a fit or not."""
+    _, _, reference, _ = turned
+    last, rng = reference.last, np.random.default_rng(11)
+    blocks = reference.block_ends
+    normal, found = last.normal, []
+    for _ in range(300):
+        residuals = rng.normal(size=last.points.values.size)
+        right = last.points.test_jacobian.astype(float) * residuals
+        by_block = np.add.reduceat(right, blocks[:-1], axis=1).T
+        step = np.linalg.solve(normal, by_block.sum(axis=0))
+        left = by_block - last.block_normals @ step
+        found.append(left.T @ left)
+    into = np.linalg.inv(normal)[:6]
+    seen, expected = (into @ m @ into.T for m in (np.mean(found, axis=0), last.block_spread))
+    assert mean_square_mm2(seen) == pytest.approx(mean_square_mm2(expected), rel=0.15)
+    assert mean_square_mm2(expected) < 0.97 * mean_square_mm2(into @ normal @ into.T)
 
 
 def test_noise_alone_gives_the_covariance_that_it_says(turned):

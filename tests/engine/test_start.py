@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 from keepstill.start import start_quickly
@@ -19,3 +21,42 @@ assert scipy.linalg.det(np.eye(3)) == 1
 
 def test_scipy_stays_away_until_it_is_asked_for():
     subprocess.run([sys.executable, "-c", CODE], check=True)
+
+
+# What costs a tenth of a second or more to import, and no step of a run needs.
+HEAVY = {
+    *("scipy.linalg", "pandas", "pyarrow", "bids2table", "snakemake", "jsonschema", "matplotlib"),
+    *("jinja2", "mpi4py", "itk", "nibabel.testing", "numba.np.arraymath"),
+}
+STEPS = {
+    "stage": ("import keepstill.stage, keepstill.mean_echo, keepstill.lanes", HEAVY | {"numba"}),
+    "realign": ("from keepstill.start import start_quickly; start_quickly(); "
+                "import keepstill.ranks, keepstill.realign, keepstill.warm", HEAVY),
+    "collect": ("from keepstill.start import start_quickly; start_quickly(); "
+                "import keepstill.collect", HEAVY),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_imports_little(step):
+    imports, unwanted = STEPS[step]
+    code = f"import sys; {imports}; print(*sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    modules = set(told.split())
+    assert "keepstill.settings" in modules
+    assert not modules & unwanted
+
+
+def test_kept_kernels_run_without_what_numba_needs_to_compile():
+    """The second process finds the first one's kernel."""
+    code = (
+        "import sys, numpy as np; from keepstill.geometry import compose; "
+        "compose(np.eye(4), np.eye(4)); print('numba.np.arraymath' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    told = [
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)
+    ]
+    assert told[1] == "False\n"

@@ -296,3 +296,22 @@ def test_tasks_of_srun_without_pmi_are_refused(tmp_path):
     )
     assert done.returncode == 2
     assert "srun --mpi=pmi2" in done.stderr
+
+
+def test_killed_ranks_leave_no_segment(tmp_path):
+    """MPICH would leave it in /dev/shm, 2 MB a run, until the machine is started anew."""
+    program = (
+        "import os, pathlib\n"
+        "from keepstill.ranks import World\n"
+        "world = World()\n"
+        "lines = pathlib.Path('/proc/self/maps').read_text().splitlines()\n"
+        "names = {line.split(maxsplit=5)[-1] for line in lines if '/dev/shm/mpich' in line}\n"
+        "print(world.bcast(world.gather(sorted(names)))[0][0], flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    command = [MPIRUN, "-n", "2", sys.executable, "-m", "mpi4py", "-c", program]
+    environment = os.environ | {"PYTHONPATH": SCRIPTS}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    name = done.stdout.splitlines()[0]
+    assert name.endswith(" (deleted)"), done
+    assert not Path(name.removesuffix(" (deleted)")).exists()

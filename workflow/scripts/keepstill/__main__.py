@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -328,7 +328,12 @@ def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cores", type=_count, metavar="N", help="default: the profile's, or all")
     parser.add_argument(
-        "--volumes", type=_count, default=30, metavar="N", help="of each run (default: %(default)s)"
+        "--volumes", type=_count, metavar="N", help="of each run (default: 30; with --tune 120)"
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="try all ways to share out this machine and print the fastest as a profile",
     )
     parser.add_argument(
         "--stage-root",
@@ -635,9 +640,15 @@ def _simulate(args: argparse.Namespace) -> int:
 
 def _selftest(args: argparse.Namespace) -> int:
     """Print how a small simulated study went; 1 if not well."""
-    from keepstill.selftest import Trial, selftest
+    from keepstill.selftest import VOLUMES, Trial, selftest
 
-    trial = Trial(args.workflow_profile, args.cores, args.volumes, args.stage_root)
+    trial = Trial(args.workflow_profile, args.cores, args.volumes or VOLUMES, args.stage_root)
+    if args.tune:
+        from keepstill.tune import TUNE_VOLUMES, tune
+
+        for text in tune(replace(trial, n_volumes=args.volumes or TUNE_VOLUMES)):
+            print(text, flush=True)
+        return 0
     lines, is_well = selftest(trial)
     print("\n".join(lines))
     return 0 if is_well else 1

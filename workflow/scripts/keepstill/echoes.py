@@ -212,7 +212,7 @@ def _sidecar(work: Work, leader: str, folder: Path, output_dir: Path) -> dict[st
     return (
         carried_fields(run)
         | reslicing_fields(settings)
-        | {name: of_leader[name] for name in ("KeepstillSettings", "Reference")}
+        | {name: of_leader[name] for name in ("Engine", "KeepstillSettings", "Reference")}
         | {
             "Description": "One echo with every volume in the pose and on the grid of the run's "
             "reference, interpolated once by a B-spline",

@@ -15,9 +15,9 @@ _HEAD_RADIUS_MM = 65.0
 # The normal distribution is below this number of standard deviations with probability 0.68.
 _SIGMAS = 0.46770
 # What blocks of points cannot show, since it is alike in all of them: fields that were themselves
-# fitted, activity, and of the aliasing that the last step has taken off, what is left. Both
-# factors were fitted once, to the benchmark's drift, jitter and oblique runs of seeds 1 to 5.
-_UNSEEN, _LEFT_OF_ALIASING = 1.2, 0.12
+# fitted, and what is left of aliasing. Fitted once, to drift, jitter and oblique runs of other
+# heads, motion and noise than the benchmark's (docs/benchmark.md).
+_UNSEEN = 1.1
 # Blocks cannot show less than noise; nor is a run believed to be worse than noise by more.
 _LEAST_SEEN, _MOST_INFLATION = 1.0, 100.0
 
@@ -26,8 +26,7 @@ def with_error_bars(estimates: dict[int, Estimate]) -> dict[int, Estimate]:
     """Estimates whose covariance counts more than the noise of single points.
 
     What blocks of points say of one volume is noisy; their mean over the run, as a multiple of
-    what noise alone would make, is not. That multiple, and what the run's last steps had to move,
-    go into every volume's covariance.
+    what noise alone would make, is not. That multiple goes into every volume's covariance.
     """
     known = [e for e in estimates.values() if np.isfinite(e.covariance).all()]
     if not known:
@@ -36,11 +35,7 @@ def with_error_bars(estimates: dict[int, Estimate]) -> dict[int, Estimate]:
     if noise <= 0:
         return estimates
     seen = sum(mean_square_mm2(e.covariance_by_blocks) for e in known) / len(known)
-    steps = np.array([e.last_step for e in known])
-    steps -= steps.mean(axis=0)
-    moved = mean_square_mm2(np.diag((steps**2).mean(axis=0)))
-    inflation = _UNSEEN * max(seen / noise, _LEAST_SEEN) + _LEFT_OF_ALIASING * moved / noise
-    inflation = min(inflation, _MOST_INFLATION)
+    inflation = min(_UNSEEN * max(seen / noise, _LEAST_SEEN), _MOST_INFLATION)
     return {t: replace(e, covariance=e.covariance * inflation) for t, e in estimates.items()}
 
 

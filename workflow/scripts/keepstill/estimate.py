@@ -41,10 +41,6 @@ def _no_motion() -> NDArray[np.float64]:
     return np.eye(4)
 
 
-def _no_step() -> NDArray[np.float64]:
-    return np.zeros(6)
-
-
 def _unknown() -> NDArray[np.float64]:
     return np.full((6, 6), np.nan)
 
@@ -69,14 +65,12 @@ class Estimate:
         Factor that brings the volume's intensity to the reference's.
     lost_slices : tuple of int
         Slices (z) that were left out, since they have lost their signal.
-    last_step : (6,) float64
-        What the last step moved: shifts (mm) and rotations (rad) about the reference's centre.
     covariance : (6, 6) float64
         Of the error of three shifts (mm) and three rotations (rad) about the reference's centre,
         by the residuals' variance as if they were noise.
     covariance_by_blocks : (6, 6) float64
         The same by how far blocks of points disagree, which shows errors of neighbouring points
-        that are alike.
+        that are alike; noise alone would make it equal to `covariance`, on average.
     """
 
     moving_from_reference: NDArray[np.float64]
@@ -86,7 +80,6 @@ class Estimate:
     overlap: float
     scale: float
     lost_slices: tuple[int, ...] = ()
-    last_step: NDArray[np.float64] = field(default_factory=_no_step)
     covariance: NDArray[np.float64] = field(default_factory=_unknown)
     covariance_by_blocks: NDArray[np.float64] = field(default_factory=_unknown)
 

@@ -21,8 +21,8 @@ RANK_BYTES, RANK_BYTES_PER_VOXEL = 150e6, 150.0
 # Before the first run of a cluster job and after its last, by Snakemake (docs/cluster.md).
 JOB_OVERHEAD_S = 13.0
 MOST_OVERHEAD = 0.1  # of a job's time
-# What is asked for, as a multiple of what is expected; and for a job to start on a busy cluster:
-# the runs of a job share the latter, ten at most: its last job may have fewer runs than the others.
+# What is asked for, as a multiple of what is expected, and for a job to start on a busy cluster;
+# the runs of a job share the latter, ten at most, since its last job may have fewer than others.
 RUNTIME_MARGIN, START_S, MOST_SHARES = 3.0, 600.0, 10
 MB, S_PER_MIN = 1e6, 60
 N_SAMPLED = 200  # headers that tell how many runs go into a job

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
+from keepstill.error_bars import mean_square_mm2
 from keepstill.estimate import Estimate, allowed_step
 from keepstill.kernels.small import product, solution
 from keepstill.kernels.sums import N_COLUMNS, block_sums, outside_normal, to_residuals
@@ -88,7 +89,8 @@ def take_last_step(
     of variance s^2 makes its covariance s^2 N^-1 T'T N^-T. If residuals of neighbouring points
     are alike, sums over blocks of points say more: with d_g = T' (r - J step) over block g, it is
     N^-1 (sum of d_g d_g') N^-T, the cluster-robust estimate (Liang & Zeger 1986, Biometrika
-    73:13), which for few blocks is noisy for one volume and good for the mean over a run.
+    73:13), which for few blocks is noisy for one volume and good for the mean over a run. It is
+    given as a multiple of what residuals that have nothing to do with each other would make.
     """
     if estimate.status == "failed":
         return estimate
@@ -105,17 +107,21 @@ def take_last_step(
         return estimate
     n_inside, squares = int(np.diff(spans).sum()), float(totals[N_COLUMNS])
     left = sums[:, :N_COLUMNS] - _predicted(level.block_normals, step)
-    of_noise = level.test_normal * (squares / max(n_inside - N_COLUMNS, 1))
-    noise, blocks = _covariances(normal, (reference.basis, of_noise), left)
+    variance = squares / max(n_inside - N_COLUMNS, 1)
+    scatters = (
+        level.test_normal * variance,
+        product(np.ascontiguousarray(left.T), left),
+        level.block_spread * variance,
+    )
+    noise, seen, unrelated = _covariances(normal, reference.basis, scatters)
     return replace(
         estimate,
         moving_from_reference=_moved(estimate, step, reference),
         iterations=estimate.iterations + 1,
         cost=float(np.sqrt(squares / max(n_inside, 1))) / reference.mean_intensity,
         scale=estimate.scale / (1.0 + float(step[6, 0])),
-        last_step=step[:6, 0],
         covariance=noise,
-        covariance_by_blocks=blocks,
+        covariance_by_blocks=_as_multiple(seen, unrelated, noise),
     )
 
 
@@ -142,18 +148,18 @@ def _predicted(block_normals: Matrix, step: Matrix) -> Matrix:
     return product(block_normals.reshape(-1, n), step).reshape(n_blocks, n)
 
 
-def _covariances(
-    normal: Matrix, basis_and_tests: tuple[Matrix, Matrix], left: Matrix
-) -> tuple[Matrix, Matrix]:
-    """Covariance (6, 6) of the motion by the residuals' variance, and by blocks of points."""
-    basis, of_tests = basis_and_tests
+def _covariances(normal: Matrix, basis: Matrix, scatters: tuple[Matrix, ...]) -> list[Matrix]:
+    """Covariances (6, 6) of the motion by each of some scatters of the right-hand side."""
     onto = np.ascontiguousarray(basis.T)
     inverse, regular = solution(product(onto, product(normal, basis)), onto)
     if not regular:
-        return np.full((6, 6), np.nan), np.full((6, 6), np.nan)
+        return [np.full((6, 6), np.nan)] * len(scatters)
     inverse = np.ascontiguousarray(product(basis, inverse)[:6])
-    n = len(left)
-    spread = product(np.ascontiguousarray(left.T), left) * (n / max(n - 1, 1))
     back = np.ascontiguousarray(inverse.T)
-    noise = product(product(inverse, of_tests), back)
-    return noise, product(product(inverse, spread), back)
+    return [product(product(inverse, scatter), back) for scatter in scatters]
+
+
+def _as_multiple(seen: Matrix, unrelated: Matrix, noise: Matrix) -> Matrix:
+    """What blocks show, as if a fit took nothing off them: noise alone makes it that of noise."""
+    expected = mean_square_mm2(unrelated)
+    return seen * (mean_square_mm2(noise) / expected) if expected > 0 else seen

@@ -8,7 +8,6 @@ that saves hashing an unchanged input again, stands under ``logs``.
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,30 +23,9 @@ PACKAGE = Path(__file__).parent
 # said, what is written beside them. A test holds this against what the work on a run imports.
 WITHOUT_EFFECT = (
     *("__init__", "__main__", "config", "config_files", "errors", "files", "job_requests"),
-    *(
-        "ladder",
-        "lanes",
-        "manifest",
-        "misnamed",
-        "multi_echo",
-        "phantom",
-        "preflight",
-        "progress",
-        "report",
-    ),
-    *(
-        "run_table",
-        "scopes",
-        "selftest",
-        "sidecars",
-        "simulate",
-        "start",
-        "study",
-        "summary",
-        "truth",
-        "verify",
-        "warm",
-    ),
+    *("ladder", "lanes", "manifest", "misnamed", "multi_echo", "phantom", "preflight"),
+    *("progress", "report", "run_table", "scopes", "selftest", "sidecars", "simulate", "start"),
+    *("study", "summary", "truth", "tune", "verify", "warm"),
     *("blobs", "kernels/blobs", "kernels/cache"),  # of the phantom; where kernels are kept
 )
 # The one arithmetic on all processors: kernels are compiled without licence to fuse, reorder or
@@ -285,7 +263,9 @@ def engine_sha256() -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that compute."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    from importlib.metadata import version
+
+    return {name: version(name) for name in LIBRARIES}
 
 
 def has_outputs(output_dir: Path, outputs: Any) -> bool:

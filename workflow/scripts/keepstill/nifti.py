@@ -5,11 +5,11 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from keepstill.errors import InputError
-from keepstill.geometry import voxel_sizes_mm
 
 # Bytes that hold the header of either version of NIfTI, extensions aside.
 HEADER_BYTES = 540
@@ -260,7 +260,7 @@ def _listed(sizes: NDArray[np.float64]) -> str:
 
 def grid_in_words(layout: Layout) -> str:
     """Number and edges of a volume's voxels."""
-    sizes_mm = voxel_sizes_mm(layout.affine)
+    sizes_mm = voxel_sizes(layout.affine)
     return f"{' x '.join(map(str, layout.shape[:3]))} voxels of {_listed(sizes_mm)} mm"
 
 
@@ -273,7 +273,7 @@ def check_same_grid(layout: Layout, other: Layout, run: str, image: str) -> None
     ------
     InputError
     """
-    sizes_mm = voxel_sizes_mm(layout.affine), voxel_sizes_mm(other.affine)
+    sizes_mm = voxel_sizes(layout.affine), voxel_sizes(other.affine)
     if layout.shape[:3] == other.shape[:3] and np.allclose(*sizes_mm, rtol=_SIZE_TOLERANCE):
         return
     raise InputError(

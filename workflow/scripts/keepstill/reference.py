@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from keepstill import geometry
 from keepstill.errors import EmptyVolumeError
 from keepstill.kernels.bspline import GAINS, LANES, PAD, POLES, fill_coefficients
+from keepstill.kernels.small import product, solution
 from keepstill.kernels.sums import N_COLUMNS, Points, cross_sums
 from keepstill.masks import head_mask
 from keepstill.settings import EstimateSettings
@@ -60,6 +61,9 @@ class Level:
         What each block of points has of the normal matrix; one block on a rough level.
     test_normal : (8, 8) float64
         test_jacobian' test_jacobian.
+    block_spread : (8, 8) float64
+        What sums of residuals over blocks scatter by, for residuals of variance 1 that have nothing
+        to do with each other: less than the normal matrix by what a fit takes off each block.
     """
 
     points: Points
@@ -68,6 +72,7 @@ class Level:
     inset_voxels: float
     block_normals: NDArray[np.float64]
     test_normal: NDArray[np.float64]
+    block_spread: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -338,14 +343,38 @@ def _level(
     """Points and their normal matrices; a ghost that no point shows has a little certainty too."""
     ends = np.append(points.rows[:, 4], points.values.size)[blocks]
     test, plain = points.test_jacobian, points.jacobian
-    between = itertools.pairwise(int(end) for end in ends)
+    between = list(itertools.pairwise(int(end) for end in ends))
     by_block = np.array([cross_sums(test, plain, a, b) for a, b in between])
-    normal = np.zeros((N_COLUMNS, N_COLUMNS))
-    for part in by_block:
-        normal += part
+    tests_by_block = np.array([cross_sums(test, test, a, b) for a, b in between])
+    normal, of_tests = _total(by_block), _total(tests_by_block)
     normal[-1, -1] += mean_intensity**2
-    of_tests = cross_sums(test, test, 0, test.shape[1])
-    return Level(points, normal, rough, inset_voxels, by_block, of_tests)
+    spread = _block_spread((by_block, tests_by_block), normal, of_tests)
+    return Level(points, normal, rough, inset_voxels, by_block, of_tests, spread)
+
+
+def _total(parts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sum over blocks, in their order."""
+    out = np.zeros(parts.shape[1:])
+    for part in parts:
+        out += part
+    return out
+
+
+def _block_spread(
+    blocks: tuple[NDArray[np.float64], NDArray[np.float64]],
+    normal: NDArray[np.float64],
+    of_tests: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Expected sum of d d' over blocks, d = T_g' r - N_g N^-1 T' r, for white r of variance 1."""
+    out = np.zeros_like(normal)
+    for of_block, tests in zip(*blocks, strict=True):
+        turned, regular = solution(np.ascontiguousarray(normal.T), np.ascontiguousarray(of_block.T))
+        out += tests
+        if regular:
+            taken = np.ascontiguousarray(turned.T)  # N_g N^-1
+            both = product(taken, tests)
+            out += product(product(taken, of_tests), turned) - both - both.T
+    return out
 
 
 def _blocks(rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -7,9 +7,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +35,7 @@ STEPS = ("stage", "realign", "collect")
 # What a configuration that was edited for another study must not carry into this one.
 _EVERYTHING = {"participants": None, "sessions": None, "tasks": None, "runs": None}
 _PLAIN = {"affine_source": "auto", "dummy_scans": "auto", "in_plane": False, "reference": "first"}
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 _RANK = re.compile(r"^rank \d+ of \d+: cores ([\d,]+)$", re.MULTILINE)
 _CPU_TIME = re.compile(r"(\d+)m([\d.]+)s")
 
@@ -122,11 +125,11 @@ def selftest(trial: Trial) -> tuple[list[str], bool]:
         If there is no such profile, no clone, or no room.
     """
     clone = find_clone()
-    profile = _profile(trial.profile, clone)
+    profile = folder_of_profile(trial.profile, clone)
     plan = StudyPlan(subjects=SUBJECTS, volumes=trial.n_volumes, seed=SEED)
     with single_stage_dir(private_stage_root(trial.stage_root)) as folder:
         simulate_study(folder / "study", plan)
-        call = _call_workflow(folder, clone, profile, trial)
+        call = call_workflow(folder, clone, profile, trial)
         sources = sorted((folder / "study").glob("sub-*/func/*_bold.nii.gz"))
         results = [_result(source, folder) for source in sources]
         shape = "x".join(map(str, (*plan.shape, trial.n_volumes)))
@@ -134,7 +137,7 @@ def selftest(trial: Trial) -> tuple[list[str], bool]:
         return [head, *_lines(results, call, folder)], _is_well(results, call)
 
 
-def _profile(given: Path | None, clone: Path) -> Path:
+def folder_of_profile(given: Path | None, clone: Path) -> Path:
     """Folder of a profile, named as seen from here or, like profiles/default, from the clone."""
     if given is None:
         return clone / "profiles" / "default"
@@ -144,12 +147,14 @@ def _profile(given: Path | None, clone: Path) -> Path:
     raise SettingsError(f"workflow profile {given}: no such folder")
 
 
-def _call_workflow(folder: Path, clone: Path, profile: Path, trial: Trial) -> Call:
-    """Realign the study in a folder, from which Snakemake is called."""
+def call_workflow(
+    folder: Path, clone: Path, profile: Path, trial: Trial, given: Mapping[str, Any] = NOTHING
+) -> Call:
+    """Realign the study in a folder, from which Snakemake is called; `given` is configuration."""
     shipped = read_config_file(clone / SHIPPED)
     places = {"bids_dir": str(folder / "study"), "output_dir": str(folder / "results")}
     config = merged(shipped, _EVERYTHING | _PLAIN | places)
-    config = merged(config, {"stage_root": str(trial.stage_root)})
+    config = merged(config, {"stage_root": str(trial.stage_root)} | dict(given))
     (folder / "config.yaml").write_text(config_text(config), encoding="utf-8")
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(clone / "Snakefile")),

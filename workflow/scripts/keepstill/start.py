@@ -14,8 +14,8 @@ _OBJECTS_BEFORE_COLLECTION = 200_000
 def start_quickly() -> None:
     """Prepare a program of its own, before its costly imports, for those.
 
-    Numba imports scipy, where there is one, to see whether it brings a BLAS (0.15 s); no kernel
-    calls one, so numba is loaded as if there were none.
+    Numba and nibabel look whether there is a scipy, for a BLAS and for Matlab's files (0.15 s);
+    none of that is used here, so they are loaded as if there were none.
     """
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
     atexit.register(gc.freeze)
@@ -24,6 +24,7 @@ def start_quickly() -> None:
         return
     modules["scipy"] = None  # an import of it fails
     try:
-        import numba.np.arraymath  # noqa: F401
+        import nibabel  # noqa: F401
+        import numba  # noqa: F401
     finally:
         del modules["scipy"]

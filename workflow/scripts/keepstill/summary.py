@@ -15,6 +15,7 @@ _log = logging.getLogger(__name__)
 _NAMES = {"subject": "sub", "session": "ses", "task": "task", "run": "run", "echo": "echo"}
 _OF_BRAIN = "in the voxels that both the brain mask and the coverage mask hold"
 _FD = "framewise displacement (Power 2012), failed volumes and those after them left out"
+_APART = "Distance over the brain between the motion and that which ITK finds in every 20th volume"
 # Columns by name: what a JSON sidecar says of them. Those of a run's figures are the manifest's.
 FIGURES: dict[str, dict[str, str]] = {
     "n_volumes": {"Description": "Number of volumes", "Units": "1"},
@@ -55,6 +56,11 @@ DESCRIPTIONS = {
     "name": {"Description": "Name of the run, as its outputs begin"},
     **{name: {"Description": f"Label of {entity}-"} for name, entity in _NAMES.items()},
     **FIGURES,
+    "check_median_mm": {
+        "Description": f"{_APART}, median, where the run was checked",
+        "Units": "mm",
+    },
+    "check_worst_mm": {"Description": f"{_APART}, worst volume", "Units": "mm"},
     "failed_volumes": {"Description": "Numbers of the volumes that failed, from 0, with commas"},
 }
 
@@ -107,6 +113,8 @@ def _row(manifest: dict[str, Any]) -> dict[str, Any]:
     row = {"name": manifest["run"]}
     row |= {name: entities.get(entity) for name, entity in _NAMES.items()}
     row |= {name: summary.get(name) for name in FIGURES}
+    check = summary.get("check") or {}
+    row |= {f"check_{name}": check.get(name) for name in ("median_mm", "worst_mm")}
     row["failed_volumes"] = _listed(summary.get("failed_volumes", ())) or None
     return row
 

@@ -24,6 +24,7 @@ import llvmlite  # type: ignore[import-untyped]
 import numba
 from llvmlite import binding
 from numba.core import caching
+from numba.core.runtime.nrt import rtsys
 
 _FunctionCache: Any = caching.FunctionCache  # its stubs are incomplete
 _CompileResultCacheImpl: Any = caching.CompileResultCacheImpl
@@ -115,6 +116,11 @@ class _KernelCache(_FunctionCache):  # type: ignore[misc]
         self._cache_file._data_name_pattern = (
             f"{self._impl.filename_base}.{{number}}-{_PROCESS}.nbc"
         )
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What is kept, run without all that numba would need to compile (0.15 s a process)."""
+        rtsys.initialize(target_context)
+        return self._load_overload(sig, target_context)
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep what was compiled; where that cannot be (only read, full), it costs time only."""

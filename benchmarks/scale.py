@@ -27,6 +27,8 @@ from made_runs import default_folder, made_run, plan_of
 CLONE = Path(__file__).parents[1]
 RUNS_A_SUBJECT = 4
 BATCH_VOLUMES = 120
+STEPS = ("stage", "realign", "collect", "reslice_echo", "stage_reference", "make_reference")
+ONE_RANK = ("--set-threads", *(f"{step}=1" for step in STEPS), "--set-resources", "realign:tasks=1")
 DESCRIPTION = {"Name": "links", "BIDSVersion": "1.10.0"}
 
 
@@ -119,11 +121,12 @@ def batch_costs(folder: Path, source: Path, n_runs: int) -> Iterator[Cost]:
     (folder / "list").write_text("".join(f"{path}\n" for path in sorted(study.rglob("*.gz"))))
     realign = f"{sys.executable} -m keepstill realign {{}} --out {folder / 'batch-alone'}"
     alone = watched(["xargs", "-a", "list", "-P", "2", "-I{}", "sh", "-c", realign], folder)
-    through = watched(workflow(study, folder / "batch-results"), folder)
     yield Cost(f"{n_runs} runs by xargs -P 2 keepstill realign, wall", alone.wall_s, "s")
-    yield Cost(f"{n_runs} runs by snakemake --cores 2, wall", through.wall_s, "s")
-    yield Cost("the second over the first", through.wall_s / alone.wall_s, "x", 2.0)
-    yield Cost("the same of processor time", through.cpu_s / alone.cpu_s, "x")
+    for how, arguments in (("profiles/default", ()), ("one rank a run", ONE_RANK)):
+        command = workflow(study, folder / f"batch-{len(arguments)}", *arguments)
+        through = watched(command, folder)
+        yield Cost(f"by snakemake --cores 2, {how}, wall", through.wall_s / alone.wall_s, "x", 2.0)
+        yield Cost(f"by snakemake --cores 2, {how}, CPU", through.cpu_s / alone.cpu_s, "x")
 
 
 def main() -> None:

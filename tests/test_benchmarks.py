@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 import engines
+import scale
 import split
 from accuracy import Errors, errors_of, faults, figures_of, joined, read_columns, shared_offset
 from cases import CASES, Case, Limits
 from cost import Cost
-from keepstill import phantom
+from keepstill import manifest, phantom
+from keepstill.settings import RealignSettings
 from keepstill.truth import read_truth, truth_path
 from made_runs import made_run, plan_of
 
@@ -163,3 +165,25 @@ def test_engines_that_are_apart_are_told(tmp_path, shift_mm, factor, words):
     assert f"| {shift_mm:.4f} | {shift_mm:.4f} |" in engines.line("run", apart)
     moved = dataclasses.replace(apart, motion_mm=apart.motion_mm + 1)
     assert not list(engines.faults(moved))  # by more than 2 mm: reported only
+
+
+def test_a_large_study_and_its_results_are_links(tmp_path):
+    """Every run of it is complete, by manifests of their own names."""
+    names = scale.names_of(5)
+    assert (names[0], names[4]) == ("sub-00000_task-rest_run-1", "sub-00001_task-rest_run-1")
+    (tmp_path / "bold").write_bytes(b"voxels")
+    scale.make_study(tmp_path / "study", tmp_path / "bold", names)
+    source = tmp_path / "study" / "sub-00001" / "func" / f"{names[4]}_bold.nii.gz"
+    assert source.is_symlink() and source.read_bytes() == b"voxels"
+    out, done = tmp_path / "out", names[0]
+    output = out / "sub-00000" / "func" / f"{done}_desc-hmc_bold.nii.gz"
+    output.parent.mkdir(parents=True)
+    output.write_bytes(b"realigned voxels")
+    sha256, settings = manifest.file_sha256(source), RealignSettings()
+    outputs = manifest.describe_outputs(out, [output])
+    manifest.write_manifest(out, manifest.Manifest(done, sha256, 6, {}, settings, outputs, {}))
+    manifest.remember_input(out, done, manifest.stamp_of(source), sha256)
+    scale.complete(out, done, names[1:])
+    assert all(manifest.is_complete(name, source, {}, settings, out) for name in names)
+    (out / "sub-00001" / "func" / f"{names[4]}_desc-hmc_bold.nii.gz").unlink()
+    assert not manifest.is_complete(names[4], source, {}, settings, out)

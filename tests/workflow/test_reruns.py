@@ -100,8 +100,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         ("--set-threads", "realign=1", "--set-resources", "realign:tasks=1"),
         ("--set-resources", "realign:mpi=srun --mpi=pmi2", "realign:tasks=1"),
         ("--workflow-profile", str(CLONE / "profiles" / "workstation")),
+        ("--workflow-profile", str(CLONE / "profiles" / "slurm"), "--dry-run"),
     ],
-    ids=["ranks", "threads", "launcher", "profile"],
+    ids=["ranks", "threads", "launcher", "profile", "executor"],
 )
 def test_how_a_run_is_worked_on_does_not_count(place: Place, arguments: tuple[str, ...]) -> None:
     before = place.files()

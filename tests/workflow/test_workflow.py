@@ -420,10 +420,17 @@ def test_a_dry_run_changes_nothing(fresh: Place) -> None:
 def test_itk_as_the_engine_and_as_a_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each has a key of its own, and is not done again."""
+    """Each has a key of its own, and is not done again; without ITK nothing is begun."""
     place = Place(tmp_path, ())
     source = place.bids_dir / "sub-01" / "func" / f"{FIRST}_bold.nii.gz"
     write_run(source, ball_run(4))
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "sitecustomize.py").write_text("import sys; sys.modules['itk'] = None")
+    with monkeypatch.context() as context:
+        context.setenv("PYTHONPATH", str(tmp_path / "without"), prepend=os.pathsep)
+        refused = place.call(config=("engine=itk",))
+    assert refused.returncode == 2 and not place.output_dir.exists()
+    assert told(refused)[-1].startswith("keepstill: ITK is not installed")
     monkeypatch.chdir(CLONE)
     given = [f"{name}={getattr(place, name)}" for name in ("bids_dir", "output_dir", "stage_root")]
     for option in ("engine=itk", "check=itk"):

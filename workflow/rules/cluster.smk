@@ -10,7 +10,7 @@ PAGE_MB = 1000  # where pages alone are to do
 SUBMITS = workflow.resource_settings.nodes is not None
 IS_SUBMITTING = workflow.is_main_process and SUBMITS
 # All rules of a run are part of one cluster job, within which they are plain jobs.
-GROUP = "run" if workflow.is_main_process or SUBMITS else None
+GROUP = "run" if SUBMITS else None
 REFERENCE_GROUP = "reference" if GROUP else None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from keepstill.config_files import refuse_templates
 from keepstill.errors import counted
+from keepstill.itk_bridge import require_itk
 from keepstill.lanes import launch_command
 from keepstill.manifest import manifest_path
 from keepstill.preflight import preflight
@@ -28,6 +29,8 @@ def read_plan():
         return Plan((), (), False)
     or_refuse(refuse_templates, map(Path, workflow.configfiles))
     plan = plan_study(STUDY)
+    if plan.runs and STUDY.settings.uses_itk and not workflow.deployment_settings.deployment_method:
+        or_refuse(require_itk)  # conda would bring it with the rule
     for line in preflight(STUDY, plan):
         tell(line)
     return plan

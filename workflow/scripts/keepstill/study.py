@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -221,11 +221,14 @@ class Study:
 
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""
+        return self._is_complete(run, self.has_reference)
+
+    def _is_complete(self, run: str, has_reference: Callable[[str], bool]) -> bool:
         leader = self.runs[run].leader
         if not manifest_path(self.output_dir, run, is_echo=leader is not None).exists():
             return False
         scope = self.made_for(run)
-        if scope is not None and not self.has_reference(scope):
+        if scope is not None and not has_reference(scope):
             return False
         try:
             metadata = self.metadata(run)
@@ -294,11 +297,14 @@ class Study:
 
     def make_plan(self) -> Plan:
         """What is left to do, from what lies in the output directory."""
-        wanting = [run for run in self.runs.values() if not self.is_complete(run.name)]
+        has_reference = functools.cache(self.has_reference)  # many runs ask for one scope
+        wanting = [
+            run for run in self.runs.values() if not self._is_complete(run.name, has_reference)
+        ]
         to_do = tuple(run.name for run in wanting if run.leader is None)
         echoes = tuple(run.name for run in wanting if run.leader is not None)
         scopes = {scope for run in to_do if (scope := self.made_for(run)) is not None}
-        references = tuple(scope for scope in sorted(scopes) if not self.has_reference(scope))
+        references = tuple(scope for scope in sorted(scopes) if not has_reference(scope))
         if not self.has_pages:
             return Plan(to_do, (), False, echoes, references)
         paged = {run.name for run in self.runs.values() if run.leader is None}

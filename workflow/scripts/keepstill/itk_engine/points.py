@@ -18,9 +18,10 @@ Steps = tuple[int, int, int]
 
 _FWHM_PER_SD = 2.3548200450309493
 _RIM_VOXELS = 3
-# Low-pass of the derivatives that residuals are tested against. Wider keeps aliasing out, and gives
-# away what large turns need: 0.5 mm from the native engine in the demo study's sagittal run at 2.4,
-# 0.2 mm at 1.8; with a sharp point spread, errors at 2.4 are 0.87 of those at 1.8.
+# Low-pass of the derivatives that residuals are tested against. Wider keeps aliasing out: errors in
+# two simulated runs with a sharp point spread at 2.2 are 0.81 and 0.98 of those at 1.8. Narrower
+# keeps nearer to the native engine after large turns: 0.37 mm in a volume of the demo study's
+# sagittal run at 1.8, 0.41 at 2.0, 0.49 at 2.4.
 _TEST_FWHM_VOXELS = 2.0
 _N_BINS = 256
 # Large motion is found on images low-passed by this, on about four voxels a width.

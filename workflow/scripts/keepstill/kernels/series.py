@@ -116,6 +116,15 @@ def _fill_keys(bits: NDArray[np.int32], first: int, last: int, keys: NDArray[np.
 
 
 @part
+def _is_open(low: NDArray[np.int32], high: NDArray[np.int32]) -> bool:
+    """Whether a lane is left to search. Numba's `any` would have every process import scipy."""
+    n_open = 0
+    for i in range(low.size):
+        n_open += low[i] < high[i]
+    return n_open > 0
+
+
+@part
 def _bisect(keys: NDArray[np.int32], rank: int, out: NDArray[np.int32]) -> None:
     """Bits of the float of a rank in each lane. Counting needs no branches, as sorting would."""
     low, high = keys[0].copy(), keys[0].copy()
@@ -123,7 +132,7 @@ def _bisect(keys: NDArray[np.int32], rank: int, out: NDArray[np.int32]) -> None:
         for i in range(_LANES):
             low[i], high[i] = min(low[i], keys[t, i]), max(high[i], keys[t, i])
     middle, count = np.empty(_LANES, np.int32), np.empty(_LANES, np.int32)
-    while (low < high).any():
+    while _is_open(low, high):
         for i in range(_LANES):
             middle[i] = (low[i] & high[i]) + ((low[i] ^ high[i]) >> 1)  # no overflow
             count[i] = 0

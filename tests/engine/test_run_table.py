@@ -163,7 +163,7 @@ def test_a_study_of_a_table(tmp_path: Path) -> None:
     study = study_of(table_of(tmp_path, *lines))
     assert study.bids_dir is None
     assert list(study.runs) == ["sub-01_task-rest", "sub-02_task-rest"]
-    assert study.origin("sub-02_task-rest") == ["--sidecar", f"{tmp_path}/note.json"]
+    assert study.origin(study.runs["sub-02_task-rest"]) == ["--sidecar", f"{tmp_path}/note.json"]
     assert study.metadata("sub-02_task-rest") == {"RepetitionTime": 2, "TaskName": "rest"}
     assert study.metadata("sub-01_task-rest") == {"TaskName": "rest"}
     assert study.make_plan().runs == tuple(study.runs)

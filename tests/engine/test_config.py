@@ -208,3 +208,23 @@ def test_an_output_directory_that_will_not_do(output: str, words: str, tmp_path:
         engine_config.with_absolute_paths(config, ["bids_dir", "output_dir"], CONFIG.parent)
     config["output_dir"] = str(study / "derivatives" / "keepstill")
     engine_config.with_absolute_paths(config, ["bids_dir", "output_dir"], CONFIG.parent)
+
+
+@pytest.mark.parametrize("every", [4, 9])
+def test_a_ladder_of_one_volume_is_refused(every: int) -> None:
+    config = {**SHIPPED, "ladder": {"volumes": 4, "every_volume": every}}
+    for read in (engine_config.effective_config, engine_config.ladder_config):
+        with pytest.raises(SettingsError, match=rf"every_volume: {every} found .* from 1 to 3"):
+            read(config, [], CONFIG.parent)
+        config_of_two = {**config, "ladder": {"volumes": 4, "every_volume": 3}}
+        assert read(config_of_two, [], CONFIG.parent)["ladder"]["repeats"] == 3
+
+
+def test_the_ladder_asks_for_no_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = {**SHIPPED, "bids_dir": "/data", "ladder_dir": "here"}
+    found = engine_config.ladder_config(config, ["bids_dir", "ladder_dir"], CONFIG.parent)
+    assert found["ladder_dir"] == str(tmp_path / "here") and "bids_dir" not in found
+    assert found["stage_root"] == SHIPPED["stage_root"]
+    with pytest.raises(SettingsError, match=r"ladder_dir: .* has braces"):
+        engine_config.ladder_config(config | {"ladder_dir": "{run}"}, [], CONFIG.parent)

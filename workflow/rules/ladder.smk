@@ -1,10 +1,16 @@
 # `snakemake ladder`: the ways to realign a run, from the classic one upwards, timed on one simulated
 # run (docs/ladder.md). Called for it alone, the workflow does not even read the study.
-from keepstill.config import effective_config
+from keepstill.config import ladder_config
 
-CHECKED = or_refuse(effective_config, config, workflow.config_settings.overwrite_config, CLONE)
+CHECKED = or_refuse(ladder_config, config, workflow.config_settings.overwrite_config, CLONE)
 LADDER_DIR, LADDER = CHECKED["ladder_dir"], CHECKED["ladder"]
 LADDER_RANKS = min(workflow.cores or 1, N_CPUS)
+
+# Before a job is started; an environment that conda makes for the job has ITK.
+if is_called_for("ladder") and not workflow.deployment_settings.deployment_method:
+    from keepstill.ladder.itk_bridge import require_itk
+
+    or_refuse(require_itk)
 
 
 rule ladder_study:

@@ -16,7 +16,8 @@ from keepstill.settings import REFERENCES, SBREF, RealignSettings
 
 Config = Mapping[str, Any]
 SCHEMA = Path("config", "config.schema.yaml")  # in the clone
-PATHS = ("bids_dir", "output_dir", "stage_root", "ladder_dir")
+LADDER_PATHS = ("stage_root", "ladder_dir")
+PATHS = ("bids_dir", "output_dir", *LADDER_PATHS)
 
 
 def effective_config(config: Config, given: Iterable[str], clone: Path) -> dict[str, Any]:
@@ -36,13 +37,24 @@ def effective_config(config: Config, given: Iterable[str], clone: Path) -> dict[
     SettingsError
         If a key is unknown or missing, or a value is of no use.
     """
-    schema = read_schema(clone / SCHEMA)
-    config = with_types(config, schema)
-    check_config(config, schema)
-    effective = with_absolute_paths(with_defaults(config, schema), given, clone)
+    effective = with_absolute_paths(_complete(config, clone), given, clone)
     if run_table_of(effective):
         del effective["bids_dir"]  # the table stands in its place
     return effective
+
+
+def ladder_config(config: Config, given: Collection[str], clone: Path) -> dict[str, Any]:
+    """As `effective_config`, of what the ladder reads; whether a study could be read is open.
+
+    Raises
+    ------
+    SettingsError
+        If a key is unknown or missing, or a value is of no use.
+    """
+    complete = _complete(config, clone)
+    paths = {name: _absolute(complete[name], name in given, clone) for name in LADDER_PATHS}
+    _refuse_braces(paths)
+    return paths | {"ladder": complete["ladder"]}
 
 
 def read_schema(path: Path) -> dict[str, Any]:
@@ -115,8 +127,7 @@ def with_absolute_paths(config: Config, given: Iterable[str], clone: Path) -> di
     given = set(given)
     absolute = dict(config)
     for name in _paths_in(config):
-        base = Path.cwd() if name in given else clone
-        absolute[name] = os.path.abspath(base / os.path.expanduser(config[name]))
+        absolute[name] = _absolute(config[name], name in given, clone)
     _refuse_places(absolute, given)
     return absolute
 
@@ -181,6 +192,38 @@ def _validator(schema: Mapping[str, Any]) -> Any:
     return extend(Draft202012Validator, type_checker=checker)(schema)
 
 
+def _complete(config: Config, clone: Path) -> dict[str, Any]:
+    """A configuration whose text is typed, checked, and filled up with defaults."""
+    schema = read_schema(clone / SCHEMA)
+    config = with_types(config, schema)
+    check_config(config, schema)
+    complete = with_defaults(config, schema)
+    _refuse_ladder(complete["ladder"])
+    return complete
+
+
+def _refuse_ladder(ladder: Mapping[str, int]) -> None:
+    """Refuse a ladder whose classic rungs would realign volume 0 alone, to itself."""
+    n_volumes, every = ladder["volumes"], ladder["every_volume"]
+    if every >= n_volumes:
+        raise SettingsError(
+            f"config: ladder: every_volume: {every} found with volumes: {n_volumes}, which leaves "
+            f"one volume to realign; needs a whole number from 1 to {n_volumes - 1}"
+        )
+
+
+def _absolute(path: str, is_given: bool, clone: Path) -> str:
+    """An absolute path: the caller's is relative to the working directory, else to the clone."""
+    return os.path.abspath((Path.cwd() if is_given else clone) / os.path.expanduser(path))
+
+
+def _refuse_braces(paths: Mapping[str, str]) -> None:
+    """Refuse paths with braces: they are Snakemake's, and cannot be escaped there."""
+    for name, path in paths.items():
+        if set("{}") & set(path):
+            raise SettingsError(f"config: {name}: {path} has braces; choose another")
+
+
 def _paths_in(config: Config) -> Iterator[str]:
     """Keys whose values are paths."""
     yield from PATHS
@@ -192,9 +235,7 @@ def _paths_in(config: Config) -> Iterator[str]:
 
 def _refuse_places(config: Config, given: Collection[str]) -> None:
     """Refuse absolute paths that would do harm or that nobody can have meant."""
-    for name in ("output_dir", "stage_root", "ladder_dir"):
-        if set("{}") & set(config[name]):  # they are Snakemake's, and cannot be escaped there
-            raise SettingsError(f"config: {name}: {config[name]} has braces; choose another")
+    _refuse_braces({name: config[name] for name in ("output_dir", *LADDER_PATHS)})
     source = "runs" if run_table_of(config) else "bids_dir"
     if source == "runs" and {"runs", "bids_dir"} <= set(given):
         raise SettingsError(

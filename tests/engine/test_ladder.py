@@ -35,6 +35,7 @@ from keepstill.ladder.table import (
     from_json,
     full_table,
     heading,
+    rounded_s,
     short_table,
     to_json,
     verdict,
@@ -184,6 +185,12 @@ def test_figures_are_medians_and_say_what_was_run(made, alone):
     assert line.volumes == (3, 5) and line.slices == (1, 24)  # of every 18
     assert line.error_mm[1] == error_mm(made, motion)[[1, 3]].max()
     assert figures_of(RUNGS[5], costs, motion[::2], of).volumes == (5, 5)
+    unbound = [figures_of(rung, costs, motion[::2], of).name for rung in RUNGS]
+    bound = of._replace(trial=replace(of.trial, binding="-bind-to core"))
+    names = [figures_of(rung, costs, motion[::2], bound).name for rung in RUNGS]
+    assert names == [rung.name for rung in RUNGS]
+    without = {"MPI core binding (not bound: no flags in the profile)"}
+    assert set(unbound) - set(names) == without
 
 
 def figures(cpu_s=0.01, apart_mm=0.03):
@@ -213,12 +220,12 @@ def test_tables():
     assert {len(row) for row in rows[:4]} == {11}
     assert rows[2][5:10] == ["1.0", "1.0", "0.0200, 0.0400", "0.0000",
                              "40 of 200 volumes, 2 of 36 slices"]  # fmt: skip
-    assert rows[3][:6] == ["| 2", "keepstill", "2", "0.01", "0.005", "300"]
+    assert rows[3][:6] == ["| 2", "keepstill", "2", "0.0100", "0.00500", "300"]
     assert rows[3][9] == "40 of 200 volumes"
     assert rows[-1] == ["All rungs agree on the motion of every volume within 0.05 mm."]
-    assert (
-        short_table(figures()).splitlines()[3] == "| 2 | keepstill | 0.01 | 300 | 0.005 | 0.0100 |"
-    )
+    (*_, short) = short_table(figures()).splitlines()
+    assert short == "| 2 | keepstill | 0.0100 | 300 | 0.00500 | 0.0100 |"
+    assert [rounded_s(s) for s in (5.0034, 99.96, 1234.5)] == ["5.00", "100", "1234"]
     machine = "EPYC, 2 cores, load 0.1 beforehand; 2026-11-20"
     how = "median of 3 repeats; ranks bound by nothing"
     assert heading(SETTING) == f"{machine}; {how}; keepstill 0.1.0, itk 5.4.7"
@@ -235,6 +242,9 @@ def test_a_rung_that_is_apart_is_told_with_the_reason():
 def test_verdict():
     assert verdict(figures()).startswith("pass: keepstill takes 300 times less processor time")
     assert verdict(figures(cpu_s=0.02)).startswith("FAIL: keepstill takes 150 times less")
+    assert "meant for" not in verdict(figures())
+    short = [replace(line, volumes=(7, 7)) for line in figures()]
+    assert verdict(short).endswith("is meant for runs of 200 volumes, this one has 7")
 
 
 def test_results_and_documentation_are_written(tmp_path, monkeypatch):

@@ -45,10 +45,14 @@ def test_steps_of_a_run_take_the_same_cores(name: str) -> None:
     (n_threads,) = set(profile["set-threads"].values())
     steps = {"stage", "realign", "collect", "reslice_echo", "stage_reference", "make_reference"}
     assert set(profile["set-threads"]) == steps
-    realign = profile["set-resources"]["realign"]
+    realign, ladder = (profile["set-resources"][rule] for rule in ("realign", "ladder"))
+    assert "-bind-to" in ladder["mpi_args"] and "{" not in ladder["mpi_args"]  # it leases no cores
     assert n_threads % realign["tasks"] == 0
     assert profile.get("cores", n_threads) % n_threads == 0
     if "executor" in profile:
         assert profile["cores"] == n_threads == realign["tasks"]
     if profile.get("executor") == "slurm":
         assert realign["cpus_per_task"] == realign["nodes"] == 1
+        assert {name: ladder[name] for name in ("tasks", "cpus_per_task", "nodes")} == {
+            name: realign[name] for name in ("tasks", "cpus_per_task", "nodes")
+        }

@@ -23,7 +23,7 @@ from keepstill.errors import LaunchError, OutputError
 from keepstill.files import put_text
 from keepstill.ladder.climb import MOTION, REALIGNED, SETTINGS, SPENT, Job
 from keepstill.ladder.itk_bridge import require_itk
-from keepstill.ladder.rungs import RUNGS, Rung, slices_run
+from keepstill.ladder.rungs import RUNGS, Rung, numbered, slices_run
 from keepstill.lanes import THREAD_COUNTS
 from keepstill.read import open_staged
 from keepstill.stage import private_stage_root, single_stage_dir, stage_run
@@ -115,8 +115,9 @@ def measure(trial: Trial, tell: Callable[[str], object] = lambda line: None) -> 
     with single_stage_dir(private_stage_root(trial.stage_root)) as folder:
         stage_run(trial.source, run_name(trial.source), None, folder / "staged", SETTINGS)
         for repeat in range(trial.n_repeats):
-            for number, rung in enumerate(trial.rungs, 1):
-                tell(f"repeat {repeat + 1} of {trial.n_repeats}, rung {number}: {rung.name}")
+            for line, rung in enumerate(trial.rungs, 1):
+                name = f"rung {numbered(line)}: {rung.name}" if numbered(line) else rung.name
+                tell(f"repeat {repeat + 1} of {trial.n_repeats}, {name}")
                 with _job(trial, rung, folder) as job:
                     costs[rung].append(run_job(job, trial))
                     motions[rung] = checked_motion(job)
@@ -144,7 +145,7 @@ def figures_of(
     error_mm = truth.error_mm(motion, 0)[1:]
     apart_mm = geometry.displacement_mm(motion, of.first, truth.brain_mm)
     return Figures(
-        name=rung.name,
+        name=_name(rung, of.trial),
         n_ranks=of.trial.n_ranks if rung.has_ranks else 1,
         cost=Cost(*(statistics.median(each) for each in zip(*costs, strict=True))),
         volumes=(len(volumes) if rung.is_classic else n, n),
@@ -152,6 +153,12 @@ def figures_of(
         error_mm=(float(np.median(error_mm)), float(error_mm.max())),
         apart_mm=float(apart_mm.max()),
     )
+
+
+def _name(rung: Rung, trial: Trial) -> str:
+    """A rung as table and picture have it: one that is about binding may have gone without."""
+    is_without = rung.is_classic and rung.is_bound and not trial.binding
+    return f"{rung.name} (not bound: no flags in the profile)" if is_without else rung.name
 
 
 @contextlib.contextmanager

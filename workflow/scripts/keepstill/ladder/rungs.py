@@ -54,6 +54,11 @@ RUNGS = (
 )
 
 
+def numbered(line: int) -> str:
+    """Number of the rung in a line, from 1; the seventh line is the sixth rung, files included."""
+    return str(line) if line <= 6 else ""
+
+
 def slices_run(n_slices: int, every: int) -> range:
     """Slices that are resliced, spread evenly over a volume of so many; at least one."""
     return range(min(every // 2, n_slices - 1), n_slices, every)

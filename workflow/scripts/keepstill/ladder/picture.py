@@ -27,7 +27,7 @@ def draw(path: Path, figures: Sequence[Figures], shared: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 2.2 + 0.6 * len(figures)), layout="constrained")
-    axes.set_title(_TITLE, fontsize=11, loc="left")
+    figure.suptitle(_TITLE, fontsize=11)
     for name, colour in COLOURS.items():
         _draw_lane(axes, figures, name, colour)
     axes.set_xscale("log")
@@ -67,7 +67,10 @@ def _draw_keys(axes: Any, figures: Sequence[Figures]) -> None:
     keys = [Patch(color=COLOURS[name], label=_NAMES[name]) for name in COLOURS]
     part = Patch(facecolor="#888888", edgecolor="white", linewidth=0, hatch="////", label=_PART)
     keys += [part] * any(map(_is_part, figures))
-    axes.legend(handles=keys, fontsize=8, loc="lower right", frameon=False)
+    # Above the bars, where it covers none of them however long they are.
+    axes.legend(
+        handles=keys, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False
+    )
 
 
 def _is_part(line: Figures) -> bool:

@@ -4,7 +4,8 @@ from keepstill.config import ladder_config
 
 CHECKED = or_refuse(ladder_config, config, workflow.config_settings.overwrite_config, CLONE)
 LADDER_DIR, LADDER = CHECKED["ladder_dir"], CHECKED["ladder"]
-LADDER_RANKS = min(workflow.cores or 1, N_CPUS)
+# None where Snakemake is to do nothing with jobs, as for --unlock.
+LADDER_RANKS = min(workflow.resource_settings.cores or 1, N_CPUS)
 
 # Before a job is started; an environment that conda makes for the job has ITK.
 if is_called_for("ladder") and not workflow.deployment_settings.deployment_method:

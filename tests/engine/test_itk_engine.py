@@ -281,7 +281,8 @@ def test_without_itk_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys, 
         command_line.main(["realign", str(source), "--out", str(tmp_path / "out"), *options])
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("keepstill: ITK is not installed") and "-r envs/itk.txt" in line
+    assert line.startswith("keepstill: ITK is not installed")
+    assert "make itk, or" in line and line.endswith("-r envs/itk.txt, both in keepstill's clone")
     assert not list((tmp_path / "out").rglob("*"))
 
 

@@ -16,7 +16,7 @@ from keepstill.settings import CHECK_EVERY
 from keepstill.smooth import fill_missing
 
 # Where both are sound and the head has moved by less than 2 mm, the two have been found to differ
-# by 0.047 mm at most (docs/itk.md): twice that, and a little.
+# by 0.049 mm at most (docs/itk.md): twice that.
 WARN_MM = 0.1
 
 

@@ -55,13 +55,14 @@ class Place:
         self,
         *arguments: str,
         config: Iterable[str] = (),
-        n_cores: int = 2,
+        n_cores: int | None = 2,
         table: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Snakemake in this place, from an environment that is not activated."""
         source = f"runs={table}" if table else f"bids_dir={self.bids_dir.name}"
         command = [
-            *(sys.executable, "-m", "snakemake", "--cores", str(n_cores)),
+            *(sys.executable, "-m", "snakemake"),
+            *([] if n_cores is None else ["--cores", str(n_cores)]),
             *("--snakefile", str(CLONE / "Snakefile")),
             *("--workflow-profile", str(CLONE / "profiles" / "default")),
             *arguments,
@@ -250,16 +251,29 @@ def test_a_missing_page_costs_no_realignment(done: tuple[Place, list[str]]) -> N
     }
 
 
-def test_flags_of_a_killed_call_count_for_nothing(done: tuple[Place, list[str]]) -> None:
-    """A flag without a complete run once made Snakemake skip the run."""
+def test_what_a_killed_call_left_counts_for_nothing(done: tuple[Place, list[str]]) -> None:
+    """A flag without a run, and a staged run that is then swept away, made Snakemake skip jobs."""
     place, _ = done
-    flags = place.output_dir / "logs" / "done"
-    flags.mkdir()
-    (flags / f"{FIRST}.collected").touch()
+    entries = [f"bids_dir={place.bids_dir}", f"output_dir={place.output_dir}"]
+    entries.append(f"stage_root={place.stage_root}")
+    study = read_study(*load_config([], entries, CLONE), CLONE)
+    flag = study.flag_path(FIRST, "collected")
+    staged = study.stage_dir / FIRST
+    for folder in (flag.parent, staged):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    study.stage_root.chmod(0o700)
+    for left in (flag, study.stage_dir / "lock", staged / "staged.json", staged / "motion.npz"):
+        left.touch()
     (place.output_dir / "manifests" / f"{FIRST}.json").unlink()
     process = place.call()
     assert process.returncode == 0, process.stderr
     assert (place.output_dir / "manifests" / f"{FIRST}.json").is_file()
+
+
+def test_a_killed_call_is_unlocked_without_cores(done: tuple[Place, list[str]]) -> None:
+    place, _ = done
+    process = place.call("--unlock", n_cores=None)
+    assert process.returncode == 0, process.stderr
 
 
 def test_a_bad_run_stops_no_other_and_is_named_last(tmp_path: Path) -> None:

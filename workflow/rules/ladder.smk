@@ -4,7 +4,8 @@ from keepstill.config import effective_config
 
 CHECKED = or_refuse(effective_config, config, workflow.config_settings.overwrite_config, CLONE)
 LADDER_DIR, LADDER = CHECKED["ladder_dir"], CHECKED["ladder"]
-LADDER_RANKS = min(workflow.cores or 1, N_CPUS)
+# None where Snakemake is to do nothing with jobs, as for --unlock.
+LADDER_RANKS = min(workflow.resource_settings.cores or 1, N_CPUS)
 
 
 rule ladder_study:

@@ -163,8 +163,12 @@ def test_engines_that_are_apart_are_told(tmp_path, shift_mm, factor, words):
     assert apart.n_failed == (1, 1) and apart.errors_mm is None
     assert list(engines.faults(apart)) == words
     assert f"| {shift_mm:.4f} | {shift_mm:.4f} |" in engines.line("run", apart)
-    moved = dataclasses.replace(apart, motion_mm=apart.motion_mm + 1)
-    assert not list(engines.faults(moved))  # by more than 2 mm: reported only
+    assert engines.is_required("sub-01_task-rest", apart)
+    moved = dataclasses.replace(apart, motion_mm=np.array([0.0, 2.5]))
+    assert not engines.is_required("sub-01_task-rest", moved)  # reported only
+    assert engines.is_required("phantom, mild", moved) and list(engines.faults(moved)) == words
+    none = engines.compared(source, *[result_of_engine(0, 1, ("failed",) * 4)] * 2)
+    assert engines.is_required("sub-01_task-rest", none) and list(engines.faults(none))
 
 
 def test_a_large_study_and_its_results_are_links(tmp_path):

@@ -181,8 +181,29 @@ def test_a_check_tells_how_far_the_two_are_apart(made):
     assert (
         "more than 0.1 mm away from where they were realigned to: 5 (0.2" in record["warnings"][0]
     )
-    none = disagreement(both.task, [replace(e, status="failed") for e in found], by_itk)
-    assert (none["volumes"], none["median_mm"], none["warnings"]) == ([], None, [])
+
+
+def test_a_check_that_had_nothing_to_compare_says_so(made, collected):
+    """Whoever failed; and what ITK alone could realign is counted."""
+    _, both = made
+    found = [Estimate(m, "ok", 1, 0, 1, 1) for m in both.native["moving_from_reference"]]
+    none = [replace(e, status="failed") for e in found]
+    ours = disagreement(both.task, none, {t: both.itk[t] for t in (2, 5, EMPTY)})
+    assert (ours["volumes"], ours["median_mm"], ours["failed_volumes"]) == ([], None, [])
+    assert ours["itk_only_volumes"] == [2, 5]
+    only, nothing = ours["warnings"]
+    assert "ITK could realign 2 volumes that failed: 2, 5; look" in only
+    assert "nothing to compare" in nothing and "every 20th volume 3 failed; take" in nothing
+    summary = read_manifest(collected["check"], "a")["summary"]
+    line = summary_line("a", summary | {"check": ours | {"engine": "ITK 5"}})
+    assert line.endswith("; ITK 5 has none to compare, and could realign 2 volumes that failed")
+    theirs = disagreement(both.task, found, {EMPTY: both.itk[EMPTY]})
+    assert (theirs["volumes"], theirs["itk_only_volumes"]) == ([], [])
+    assert "every 20th volume ITK could not realign 1; take" in theirs["warnings"][1]
+    found[5] = replace(found[5], status="reference")  # the run's only checked one, say
+    itself = disagreement(both.task, found, {5: both.itk[5]})
+    (warning,) = itself["warnings"]
+    assert "nothing to compare" in warning and "there is the reference only" in warning
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +281,8 @@ def test_without_itk_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys, 
         command_line.main(["realign", str(source), "--out", str(tmp_path / "out"), *options])
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("keepstill: ITK is not installed") and "-r envs/itk.txt" in line
+    assert line.startswith("keepstill: ITK is not installed")
+    assert "make itk, or" in line and line.endswith("-r envs/itk.txt, both in keepstill's clone")
     assert not list((tmp_path / "out").rglob("*"))
 
 

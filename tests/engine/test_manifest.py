@@ -1,8 +1,10 @@
 """A run is complete by content: of input, sidecars, settings, engine and outputs."""
 
 import ast
+import importlib.metadata
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +159,46 @@ def test_changed_libraries_and_arithmetic(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(manifest, "ARITHMETIC", "fused")
     found.add(engine_sha256())
     assert len(found) == 4
+
+
+def key_of(settings: RealignSettings) -> str:
+    return manifest.run_key("0" * 64, METADATA, settings)
+
+
+@pytest.mark.parametrize("asked", [{"engine": "itk"}, {"check": "itk"}])
+def test_another_itk(done: Done, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str]) -> None:
+    """A run that ITK took part in is to be done again with another; others know nothing of it."""
+    native = key_of(SETTINGS)
+    done.settings = replace(SETTINGS, **asked)
+    monkeypatch.setattr(manifest, "itk_version", lambda: "5.4.7")
+    values = json.loads(done.write().read_text())
+    assert values["libraries"] == manifest.library_versions() | {"itk": "5.4.7"}
+    assert done.is_complete
+    monkeypatch.setattr(manifest, "itk_version", lambda: "5.4.8")
+    assert not done.is_complete
+    done.settings = SETTINGS
+    assert "itk" not in json.loads(done.write().read_text())["libraries"]
+    assert key_of(SETTINGS) == native
+
+
+def test_the_version_of_an_itk_that_conda_will_bring(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without import, and where it is not installed, of what the clone pins."""
+    monkeypatch.setitem(sys.modules, "itk", None)  # an import would fail
+    (tmp_path / "itk.txt").write_text("itk-core==1.0 \\\nitk==5.4.99 \\\n    --hash=sha256:0\n")
+    found = manifest.itk_version.__wrapped__
+    assert found() == importlib.metadata.version("itk")
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert f"itk=={found()} \\" in manifest.PINNED_ITK.read_text().splitlines()
+    monkeypatch.setattr(manifest, "PINNED_ITK", tmp_path / "itk.txt")
+    assert found() == "5.4.99"
+    monkeypatch.setattr(manifest, "PINNED_ITK", tmp_path / "none.txt")
+    assert found() == "unknown"
 
 
 def imported_by(*roots: str) -> set[str]:

@@ -361,6 +361,8 @@ def _check_in_words(check: dict[str, Any] | None) -> str:
         return ""
     failed = check["failed_volumes"]
     tail = f", and could not realign volumes {', '.join(map(str, failed))}" if failed else ""
+    if itk_only := check["itk_only_volumes"]:
+        tail += f", and could realign {counted(len(itk_only), 'volume')} that failed"
     if not check["volumes"]:
         return f"; {check['engine']} has none to compare{tail}"
     return (

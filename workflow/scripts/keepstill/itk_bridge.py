@@ -1,4 +1,4 @@
-"""ITK behind a few functions of arrays: the only module that imports it.
+"""ITK behind a few functions of arrays: all that the engine imports of it; the ladder has its own.
 
 ITK is large, and slow to import, so it is imported when it is first used. Its images are given
 origin, spacing and direction of their own, and points go through its own transforms, in LPS+ mm:
@@ -37,8 +37,8 @@ def require_itk() -> str:
     """
     if find_spec("itk") is None:
         raise PackageError(
-            "ITK is not installed in this environment; get it with: "
-            "python -m pip install --require-hashes -r envs/itk.txt"
+            "ITK is not installed in this environment; engine or check: itk needs it: make itk, or "
+            "python -m pip install --require-hashes -r envs/itk.txt, both in keepstill's clone"
         )
     return metadata.version("itk")
 

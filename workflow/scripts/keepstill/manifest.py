@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ WITHOUT_EFFECT = (
 # approximate, so a rounding is where the source has it.
 ARITHMETIC = "IEEE 754, nothing fused"
 LIBRARIES = ("numba", "numpy")
+PINNED_ITK = PACKAGE.parents[2] / "envs" / "itk.txt"  # in the clone
 
 MANIFESTS = "manifests"  # folder below the output directory
 ECHOES = "echoes"  # below that, of the echoes of multi-echo runs
@@ -104,7 +106,7 @@ def write_manifest(output_dir: Path, manifest: Manifest) -> Path:
             manifest.input_sha256, manifest.metadata, manifest.settings, manifest.leader_key
         ),
         "engine": engine_sha256(),
-        "libraries": library_versions(),
+        "libraries": library_versions() | _itk_of(manifest.settings),
         "settings": portable_settings(manifest.settings),
         "input": {
             "sha256": manifest.input_sha256,
@@ -201,7 +203,7 @@ def run_key(
     settings: RealignSettings,
     leader_key: str = "",
 ) -> str:
-    """Hash of all that a run's files depend on: input, sidecars, settings, engine.
+    """Hash of all that a run's files depend on: input, sidecars, settings, engine; ITK if used.
 
     An echo's file depends on the run that its motion was estimated on as well.
     """
@@ -211,6 +213,7 @@ def run_key(
         "settings": portable_settings(settings),
         "engine": engine_sha256(),
     }
+    depends_on |= _itk_of(settings)
     return _json_sha256(depends_on | ({"leader": leader_key} if leader_key else {}))
 
 
@@ -266,6 +269,28 @@ def library_versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in LIBRARIES}
+
+
+@functools.cache
+def itk_version() -> str:
+    """ITK's version, without importing it; "unknown" if there is neither ITK nor a clone.
+
+    Where it is not installed, conda brings the rule `realign` the one that the clone pins, and
+    what plans and collects, in environments without it, goes by that.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    with contextlib.suppress(PackageNotFoundError):
+        return version("itk")
+    with contextlib.suppress(OSError):
+        if pinned := re.search(r"^itk==(\S+)", PINNED_ITK.read_text(encoding="utf-8"), re.M):
+            return pinned[1]
+    return "unknown"
+
+
+def _itk_of(settings: RealignSettings) -> dict[str, str]:
+    """ITK's version where it takes part, for key and manifest; nothing where it does not."""
+    return {"itk": itk_version()} if settings.uses_itk else {}
 
 
 def has_outputs(output_dir: Path, outputs: Any) -> bool:

@@ -227,6 +227,7 @@ def _check_fields(result: Realigned) -> dict[str, Any]:
             "Worst": check["worst_mm"],
             "WarningAbove": check["warn_mm"],
             "FailedVolumes": check["failed_volumes"],
+            "VolumesOfItAlone": check["itk_only_volumes"],
         }
     }
 

@@ -1,7 +1,9 @@
 """Runs of a session or subject in one space: where they end, what is done again and refused."""
 
+import gzip
 import json
 import time
+import unittest.mock
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,6 +206,32 @@ def test_only_what_must_be_is_done_again(images, tmp_path):
     assert place.call() == ([], [])
     (place.out / "sub-01" / "func" / "sub-01_desc-shared_boldref.nii.gz").unlink()
     assert place.study().make_plan().references == ("sub-01",)
+
+
+@pytest.mark.parametrize("damage", ["moved", "flipped"])
+def test_a_reference_of_another_content_and_the_same_size_is_made_again(images, tmp_path, damage):
+    """It was taken as it was: runs ended 7 mm off, or none could be staged."""
+    place = Place(tmp_path, images, (FIRST,))
+    place.call()
+    path = place.out / "sub-01" / "func" / "sub-01_desc-shared_boldref.nii.gz"
+    whole = path.read_bytes()
+    content = bytearray(gzip.decompress(whole) if damage == "moved" else whole)
+    if damage == "moved":  # an image whose position was changed, padded to the size it had
+        for field in (268, 280):  # qoffset_x, srow_x[3]
+            content[field : field + 4] = np.float32(7).tobytes()
+        content = gzip.compress(content)[: len(whole)].ljust(len(whole), b"\0")
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    place.add(SECOND)
+    assert place.study().make_plan().references == ("sub-01",)
+    references, done_runs = place.call()
+    assert references == ["sub-01"] and SECOND in done_runs
+    assert path.read_bytes() == whole and place.error_mm(SECOND) < 0.12
+    assert place.call() == ([], [])
+    with unittest.mock.patch("keepstill.manifest.file_sha256") as hashing:
+        assert place.study().has_reference("sub-01")
+    hashing.assert_not_called()
 
 
 def test_settings_that_do_not_change_the_reference_leave_it(done):

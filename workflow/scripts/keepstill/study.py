@@ -25,6 +25,7 @@ from keepstill.errors import InputError, counted
 from keepstill.files import claim_output_dir, refuse_foreign_data_set, why_no_room
 from keepstill.manifest import (
     engine_sha256,
+    has_content,
     has_key,
     known_sha256,
     manifest_path,
@@ -217,7 +218,9 @@ class Study:
             key = self._key_of(first, self._metadata_of(first), self.settings.for_sharing)
         except InputError:
             return False  # stage says what is wrong
-        return has_key(shared_entry(scope), key, self.output_dir)
+        entry, path = shared_entry(scope), shared_reference_path(scope)
+        # By its content, not by its size alone: all runs of the scope are to end in it.
+        return has_key(entry, key, self.output_dir) and has_content(self.output_dir, entry, path)
 
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""

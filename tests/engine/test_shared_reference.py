@@ -292,6 +292,11 @@ def test_the_first_run_s_sbref_is_all_runs_(head, images, tmp_path):
     nib.save(nib.Nifti1Image(np.clip(volume, 0, None).T, AFFINE), sbref)
     assert place.study(reference="sbref").make_plan().runs == (FIRST, LATER)
     sbref.unlink()
+    study = place.study(reference="sbref")
+    assert dict(study_needs(study, study.runs).refused)[LATER] == (
+        f"no {FIRST}_sbref.nii.gz, in whose space it is to end: it is not in {sbref.parent}; add "
+        "it, or choose another reference"
+    )
     with pytest.raises(InputError, match=rf"{FIRST}: {FIRST}_sbref\.nii\.gz, in whose space it is"):
         place.call(reference="sbref")
 
@@ -336,6 +341,31 @@ def test_other_voxels_in_one_space(images, tmp_path, grid, shape):
     assert not any(study.make_plan()) and not study_needs(study, study.runs).refused
 
 
+@pytest.mark.parametrize("true", ["sform", "qform"])
+@pytest.mark.parametrize("reference", ["first", "sbref"])
+def test_the_position_that_is_said_to_be_true_is_that_of_the_reference(
+    images, tmp_path, reference, true
+):
+    """Of runs and SBRefs whose other position is 5 mm off; such references were refused."""
+    place = Place(tmp_path, images, (FIRST, SECOND))
+    sbref = source_of(place.raw, FIRST).with_name(f"{FIRST}_sbref.nii.gz")
+    first = nib.load(source_of(place.raw, FIRST))
+    nib.save(nib.Nifti1Image(np.asarray(first.dataobj)[..., 0], AFFINE), sbref)
+    off = geometry.compose(geometry.translation(np.array([5.0, 0, 0])), AFFINE)
+    for path in (source_of(place.raw, FIRST), source_of(place.raw, SECOND), sbref):
+        image = nib.load(path)
+        image = nib.Nifti1Image(np.asarray(image.dataobj), None, image.header)
+        image.set_sform(AFFINE if true == "sform" else off, 1)
+        image.set_qform(AFFINE if true == "qform" else off, 1)
+        nib.save(image, path)
+    config = {"reference": reference, "affine_source": true}
+    study = place.study(**config)
+    assert not study_needs(study, study.runs).refused
+    place.call(**config)
+    assert max(place.error_mm(run) for run in (FIRST, SECOND)) < 0.12
+    assert not any(place.study(**config).make_plan())
+
+
 def test_a_reference_that_fails_is_told_once(images, tmp_path):
     """For all runs that follow it; a run that fails by itself is told by itself."""
     place = Place(tmp_path, images, (FIRST, SECOND, LATER))
@@ -354,8 +384,8 @@ def test_a_reference_that_fails_is_told_once(images, tmp_path):
     refused = dict(study_needs(study, study.runs).refused)
     assert list(refused) == [FIRST, SECOND, LATER]
     assert refused[LATER] == (
-        "no sub-01_desc-shared_boldref.nii.gz, in whose space it is to end: what that is made of "
-        "cannot be read"
+        "no sub-01_desc-shared_boldref.nii.gz, in whose space it is to end: it is made of the "
+        f"first run of sub-01, {FIRST}: {refused[FIRST]}"
     )
     log.write_text("keepstill: sub-01: reference made\n")
     assert study.failures(plan, since_s) == ["3 runs not finished; the next call goes on with them"]

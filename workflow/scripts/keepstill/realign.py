@@ -181,7 +181,7 @@ def find_space(run: str, own: Reference, image: Path, settings: RealignSettings)
         If the file is not a volume, shows no head, or the run's reference is not found in it.
     """
     try:
-        volume, affine = read_volume(image)
+        volume, affine = read_volume(image, settings.affine_source)
         volume, _ = fill_missing(volume)
         if np.array_equal(volume, own.volume) and np.allclose(affine, own.affine, atol=_SAME_MM):
             return None

@@ -200,10 +200,14 @@ class Study:
         """The image in whose space all runs of the run's scope end, which need not be there."""
         scope = scope_name(run, self.scope)
         if self.settings.reference != SBREF:
-            return self.output_dir / shared_reference_path(scope)
+            return self.reference_path(scope)
         first = self.firsts[scope]
         missing = first.source.with_name(f"{first.name}_sbref.nii.gz")
         return (first.sbref or find_sbref(first.source) or missing).absolute()
+
+    def reference_path(self, scope: str) -> Path:
+        """Where the reference that is made for a scope lies."""
+        return self.output_dir / shared_reference_path(scope)
 
     def made_for(self, run: str) -> str | None:
         """Name of the scope whose reference is made before a run is begun; None if none is."""

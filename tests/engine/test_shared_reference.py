@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import time
 import unittest.mock
 from dataclasses import replace
@@ -364,6 +365,26 @@ def test_the_position_that_is_said_to_be_true_is_that_of_the_reference(
     place.call(**config)
     assert max(place.error_mm(run) for run in (FIRST, SECOND)) < 0.12
     assert not any(place.study(**config).make_plan())
+
+
+@pytest.mark.parametrize("shift_mm", [25.0, 80.0])
+def test_an_own_grid_that_lies_elsewhere_cuts_the_head_off(images, tmp_path, caplog, shift_mm):
+    """Nothing said so, and brain_coverage is near 1: of what is left of the brain."""
+    place = Place(tmp_path, images, (FIRST, SECOND))
+    affine = geometry.compose(geometry.translation(np.array([0, 0, shift_mm])), AFFINE)
+    runs.write_run(source_of(place.raw, SECOND), images[SECOND][1], affine)
+    told = (
+        r"its own grid holds \d\d% of its head in the pose of sub-01_desc-shared_boldref\.nii\.gz"
+    )
+    if shift_mm > 50:
+        with pytest.raises(InputError, match=rf"{SECOND}: {told} \(needs 50%\); set grid: ref"):
+            place.call(grid="own")
+        return
+    place.call(grid="own")
+    (warning,) = json.loads((place.out / "manifests" / f"{SECOND}.json").read_text())["warnings"]
+    assert re.match(rf"{SECOND}: {told}; the rest is cut off", warning)
+    assert warning in caplog.messages
+    assert not json.loads((place.out / "manifests" / f"{FIRST}.json").read_text())["warnings"]
 
 
 def test_a_reference_that_fails_is_told_once(images, tmp_path):

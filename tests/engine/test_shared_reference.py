@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import time
 import unittest.mock
 from dataclasses import replace
@@ -246,6 +247,16 @@ def test_filters_do_not_choose_the_space(done):
     study = done.study(sessions=["2"])
     assert list(study.runs) == [LATER] and study.firsts["sub-01"].name == FIRST
     assert not any(study.make_plan())
+
+
+def test_what_lies_in_another_session_does_not_stop_a_session(images, tmp_path):
+    """Two files of one name, which would be refused if they could be the first run."""
+    place = Place(tmp_path, images, (FIRST, SECOND, LATER))
+    shutil.copy(source_of(place.raw, LATER), source_of(place.raw, LATER).with_suffix(""))
+    study = place.study(reference_scope="session", sessions=["1"], runs=["2"])
+    assert study.firsts["sub-01_ses-1"].name == FIRST
+    with pytest.raises(InputError, match=f"{LATER}: two files found"):
+        place.study(sessions=["1"], runs=["2"])
 
 
 def test_scopes_and_their_first_runs(images, tmp_path):

@@ -38,7 +38,7 @@ from keepstill.misnamed import NONE_MISNAMED, Misnamed
 from keepstill.multi_echo import with_leaders
 from keepstill.realigned import shared_reference_path
 from keepstill.run_table import read_run_table
-from keepstill.scopes import RUN, first_runs, scope_name
+from keepstill.scopes import RUN, SESSION, first_runs, scope_name
 from keepstill.settings import SBREF, RealignSettings, with_sbref
 from keepstill.stage import (
     claim_stage_root,
@@ -420,11 +420,12 @@ def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
 
 
 def _known_runs(bids_dir: Path, filters: Filters, runs: list[Run], scope: str) -> list[Run]:
-    """All runs of the participants that a call is about, if it matters which run is their first."""
-    others = [labels for name, labels in filters.items() if name != "participants"]
+    """All runs of the scopes that a call is about, if it matters which run is their first."""
+    whole = ("participants", "sessions") if scope == SESSION else ("participants",)
+    others = [labels for name, labels in filters.items() if name not in whole]
     if scope == RUN or all(labels is None for labels in others):
         return runs
-    return index_runs(bids_dir, {"participants": filters["participants"]}).runs
+    return index_runs(bids_dir, {name: filters[name] for name in whole}).runs
 
 
 def plan_study(study: Study) -> Plan:

@@ -1,7 +1,11 @@
 """Runs of a session or subject in one space: where they end, what is done again and refused."""
 
+import gzip
 import json
+import re
+import shutil
 import time
+import unittest.mock
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,6 +210,32 @@ def test_only_what_must_be_is_done_again(images, tmp_path):
     assert place.study().make_plan().references == ("sub-01",)
 
 
+@pytest.mark.parametrize("damage", ["moved", "flipped"])
+def test_a_reference_of_another_content_and_the_same_size_is_made_again(images, tmp_path, damage):
+    """It was taken as it was: runs ended 7 mm off, or none could be staged."""
+    place = Place(tmp_path, images, (FIRST,))
+    place.call()
+    path = place.out / "sub-01" / "func" / "sub-01_desc-shared_boldref.nii.gz"
+    whole = path.read_bytes()
+    content = bytearray(gzip.decompress(whole) if damage == "moved" else whole)
+    if damage == "moved":  # an image whose position was changed, padded to the size it had
+        for field in (268, 280):  # qoffset_x, srow_x[3]
+            content[field : field + 4] = np.float32(7).tobytes()
+        content = gzip.compress(content)[: len(whole)].ljust(len(whole), b"\0")
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    place.add(SECOND)
+    assert place.study().make_plan().references == ("sub-01",)
+    references, done_runs = place.call()
+    assert references == ["sub-01"] and SECOND in done_runs
+    assert path.read_bytes() == whole and place.error_mm(SECOND) < 0.12
+    assert place.call() == ([], [])
+    with unittest.mock.patch("keepstill.manifest.file_sha256") as hashing:
+        assert place.study().has_reference("sub-01")
+    hashing.assert_not_called()
+
+
 def test_settings_that_do_not_change_the_reference_leave_it(done):
     plan = done.study(output_dtype="int16", fd_radius_mm=40.0).make_plan()
     assert (len(plan.runs), plan.references) == (3, ())
@@ -217,6 +247,16 @@ def test_filters_do_not_choose_the_space(done):
     study = done.study(sessions=["2"])
     assert list(study.runs) == [LATER] and study.firsts["sub-01"].name == FIRST
     assert not any(study.make_plan())
+
+
+def test_what_lies_in_another_session_does_not_stop_a_session(images, tmp_path):
+    """Two files of one name, which would be refused if they could be the first run."""
+    place = Place(tmp_path, images, (FIRST, SECOND, LATER))
+    shutil.copy(source_of(place.raw, LATER), source_of(place.raw, LATER).with_suffix(""))
+    study = place.study(reference_scope="session", sessions=["1"], runs=["2"])
+    assert study.firsts["sub-01_ses-1"].name == FIRST
+    with pytest.raises(InputError, match=f"{LATER}: two files found"):
+        place.study(sessions=["1"], runs=["2"])
 
 
 def test_scopes_and_their_first_runs(images, tmp_path):
@@ -264,6 +304,11 @@ def test_the_first_run_s_sbref_is_all_runs_(head, images, tmp_path):
     nib.save(nib.Nifti1Image(np.clip(volume, 0, None).T, AFFINE), sbref)
     assert place.study(reference="sbref").make_plan().runs == (FIRST, LATER)
     sbref.unlink()
+    study = place.study(reference="sbref")
+    assert dict(study_needs(study, study.runs).refused)[LATER] == (
+        f"no {FIRST}_sbref.nii.gz, in whose space it is to end: it is not in {sbref.parent}; add "
+        "it, or choose another reference"
+    )
     with pytest.raises(InputError, match=rf"{FIRST}: {FIRST}_sbref\.nii\.gz, in whose space it is"):
         place.call(reference="sbref")
 
@@ -308,6 +353,51 @@ def test_other_voxels_in_one_space(images, tmp_path, grid, shape):
     assert not any(study.make_plan()) and not study_needs(study, study.runs).refused
 
 
+@pytest.mark.parametrize("true", ["sform", "qform"])
+@pytest.mark.parametrize("reference", ["first", "sbref"])
+def test_the_position_that_is_said_to_be_true_is_that_of_the_reference(
+    images, tmp_path, reference, true
+):
+    """Of runs and SBRefs whose other position is 5 mm off; such references were refused."""
+    place = Place(tmp_path, images, (FIRST, SECOND))
+    sbref = source_of(place.raw, FIRST).with_name(f"{FIRST}_sbref.nii.gz")
+    first = nib.load(source_of(place.raw, FIRST))
+    nib.save(nib.Nifti1Image(np.asarray(first.dataobj)[..., 0], AFFINE), sbref)
+    off = geometry.compose(geometry.translation(np.array([5.0, 0, 0])), AFFINE)
+    for path in (source_of(place.raw, FIRST), source_of(place.raw, SECOND), sbref):
+        image = nib.load(path)
+        image = nib.Nifti1Image(np.asarray(image.dataobj), None, image.header)
+        image.set_sform(AFFINE if true == "sform" else off, 1)
+        image.set_qform(AFFINE if true == "qform" else off, 1)
+        nib.save(image, path)
+    config = {"reference": reference, "affine_source": true}
+    study = place.study(**config)
+    assert not study_needs(study, study.runs).refused
+    place.call(**config)
+    assert max(place.error_mm(run) for run in (FIRST, SECOND)) < 0.12
+    assert not any(place.study(**config).make_plan())
+
+
+@pytest.mark.parametrize("shift_mm", [25.0, 80.0])
+def test_an_own_grid_that_lies_elsewhere_cuts_the_head_off(images, tmp_path, caplog, shift_mm):
+    """Nothing said so, and brain_coverage is near 1: of what is left of the brain."""
+    place = Place(tmp_path, images, (FIRST, SECOND))
+    affine = geometry.compose(geometry.translation(np.array([0, 0, shift_mm])), AFFINE)
+    runs.write_run(source_of(place.raw, SECOND), images[SECOND][1], affine)
+    told = (
+        r"its own grid holds \d\d% of its head in the pose of sub-01_desc-shared_boldref\.nii\.gz"
+    )
+    if shift_mm > 50:
+        with pytest.raises(InputError, match=rf"{SECOND}: {told} \(needs 50%\); set grid: ref"):
+            place.call(grid="own")
+        return
+    place.call(grid="own")
+    (warning,) = json.loads((place.out / "manifests" / f"{SECOND}.json").read_text())["warnings"]
+    assert re.match(rf"{SECOND}: {told}; the rest is cut off", warning)
+    assert warning in caplog.messages
+    assert not json.loads((place.out / "manifests" / f"{FIRST}.json").read_text())["warnings"]
+
+
 def test_a_reference_that_fails_is_told_once(images, tmp_path):
     """For all runs that follow it; a run that fails by itself is told by itself."""
     place = Place(tmp_path, images, (FIRST, SECOND, LATER))
@@ -326,8 +416,8 @@ def test_a_reference_that_fails_is_told_once(images, tmp_path):
     refused = dict(study_needs(study, study.runs).refused)
     assert list(refused) == [FIRST, SECOND, LATER]
     assert refused[LATER] == (
-        "no sub-01_desc-shared_boldref.nii.gz, in whose space it is to end: what that is made of "
-        "cannot be read"
+        "no sub-01_desc-shared_boldref.nii.gz, in whose space it is to end: it is made of the "
+        f"first run of sub-01, {FIRST}: {refused[FIRST]}"
     )
     log.write_text("keepstill: sub-01: reference made\n")
     assert study.failures(plan, since_s) == ["3 runs not finished; the next call goes on with them"]

@@ -102,7 +102,7 @@ def prepare_work(run: StagedRun, wanted: Wanted) -> Work:
     matrices = read_any(wanted.transforms, space)
     grid = own
     if wanted.reference is not None:
-        volume, affine = read_volume(wanted.reference)
+        volume, affine = read_volume(wanted.reference, wanted.settings.affine_source)
         nz, ny, nx = volume.shape
         grid = Grid(affine, (nx, ny, nz))
     if wanted.voxel_mm is not None:

@@ -191,7 +191,7 @@ def _write_tsnr(moments: Moments, work: Work, path: Path, leader: str) -> float 
     """Write the echo's map of tSNR; its median in the masks of the leader."""
     run, settings, folder = work.run, work.settings, path.parent
     brain, covered = (
-        read_volume(folder / output_name(leader, mask, settings))[0] > 0
+        read_volume(folder / output_name(leader, mask, settings), settings.affine_source)[0] > 0
         for mask in ("brain", "coverage")
     )
     header = made_header(run.layout.header, work.grid.affine, work.grid.shape, "float32")

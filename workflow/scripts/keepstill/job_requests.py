@@ -4,6 +4,7 @@ Everything comes from the headers of the runs, and errs on the side of too much:
 more than it asked for is killed.
 """
 
+import contextlib
 import math
 import statistics
 from collections.abc import Sequence
@@ -118,5 +119,7 @@ def _needs(study: Study, name: str) -> tuple[Needs, int]:
         layout = read_layout(run.source, name, study.settings.affine_source)
     except InputError:
         return Needs(cpu_s=CPU_S_PER_RUN), 0
-    image = Images(study).layout(name)
+    image = None
+    with contextlib.suppress(InputError):  # stage or realign says what is wrong
+        image = Images(study).layout(name)
     return needs_of(run, layout, study.settings_of(name), image), math.prod(layout.shape[:3])

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from keepstill import __version__
@@ -302,6 +302,22 @@ def has_outputs(output_dir: Path, outputs: Any) -> bool:
         )
     except (AttributeError, KeyError, OSError, TypeError):
         return False
+
+
+def has_content(output_dir: Path, run: str, output: PurePosixPath) -> bool:
+    """Whether an output is what its manifest says, by content; hashed if its stamp has changed."""
+    written = output_sha256(output_dir, run, output)
+    entry = f"{run}/{output.name}"
+    return written is not None and known_sha256(output_dir, entry, output_dir / output) == written
+
+
+def output_sha256(output_dir: Path, run: str, output: PurePosixPath) -> str | None:
+    """Hash of an output as it was written; None if no manifest says."""
+    outputs = (read_manifest(output_dir, run) or {}).get("outputs")
+    try:
+        return str(outputs[output.as_posix()]["sha256"]) if outputs else None
+    except (KeyError, TypeError):
+        return None
 
 
 def known_sha256(output_dir: Path, run: str, source: Path) -> str | None:

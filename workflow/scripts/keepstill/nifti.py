@@ -154,6 +154,17 @@ def _scaling(header: Any, run: str) -> tuple[float, float]:
     return slope, inter
 
 
+def parse_image_layout(first_bytes: bytes, name: str, affine_source: str) -> Layout:
+    """Layout of an image in whose space a run ends, as `parse_layout` has it.
+
+    Which of two affines is true is said for the image as for the run; an image that lacks the one
+    that was named has but one position.
+    """
+    header = _parse_header(first_bytes, name)
+    has_it = affine_source != "auto" and int(header[f"{affine_source}_code"]) > 0
+    return parse_layout(first_bytes, name, affine_source if has_it else "auto")
+
+
 def _affine(
     header: Any, shape: tuple[int, ...], affine_source: str, run: str
 ) -> NDArray[np.float64]:

@@ -52,11 +52,15 @@ class Placement:
         Part of the image's head that the volume shows, 0 to 1.
     correlation : float
         Of the normalised images, 0 to 1; 0 where no fit was found.
+    on_own_grid : float
+        Part of the head that both show which, where it lies in the image's world, the volume's grid
+        holds, 0 to 1.
     """
 
     volume_from_image: Matrix
     overlap: float
     correlation: float
+    on_own_grid: float
 
 
 def place_volume(
@@ -101,15 +105,20 @@ def place_volume(
     )
     # The scale makes residuals orthogonal to the image: their square is 1 / correlation^2 - 1.
     correlation = float(1.0 / np.sqrt(1.0 + unexplained)) if found else 0.0
-    return Placement(turn, _overlap(source, geometry.world(low_affine, head), turn), correlation)
+    head_mm = geometry.world(low_affine, head)
+    shown, held = _in_field(source, head_mm, turn), _in_field(source, head_mm, np.eye(4))
+    on_own_grid = float((shown & held).sum() / max(int(shown.sum()), 1))
+    return Placement(turn, float(shown.mean()), correlation, on_own_grid)
 
 
-def _overlap(source: tuple[Volume, Matrix], head_mm: Matrix, source_from_image: Matrix) -> float:
-    """Part of the points of a head that lie in a volume's field of view."""
+def _in_field(
+    source: tuple[Volume, Matrix], head_mm: Matrix, source_from_image: Matrix
+) -> NDArray[np.bool_]:
+    """Which points of a head lie in a volume's field of view."""
     to_voxel = geometry.compose(geometry.inverse(source[1]), source_from_image)
     voxel = geometry.world(to_voxel, head_mm)
     last = np.array(source[0].shape[::-1]) - 1
-    return float(((voxel >= 0) & (voxel <= last)).all(axis=1).mean())
+    return np.asarray(((voxel >= 0) & (voxel <= last)).all(axis=1))
 
 
 def _in_common_unit(volume: Volume, affine: Matrix) -> tuple[Volume, Matrix]:

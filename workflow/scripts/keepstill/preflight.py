@@ -4,11 +4,10 @@ Sizes come from the first bytes of each run, so that thousands of runs cost abou
 are estimates of what a run needs at most, rounded upwards where runs differ.
 """
 
-import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from keepstill.nifti import (
     check_run_shape,
     check_same_grid,
     check_units,
+    parse_image_layout,
     parse_layout,
 )
 from keepstill.settings import CHECK_EVERY, RealignSettings
@@ -126,12 +126,8 @@ def study_needs(study: Study, names: Iterable[str]) -> Needs:
 def _check_shared(
     layout: Layout, image: Layout | None, run: str, settings: RealignSettings
 ) -> None:
-    """Refuse a run whose shared reference cannot be had, or is on a grid that was not asked for."""
+    """Refuse a run whose shared reference is on a grid that was not asked for."""
     name = Path(settings.shared_reference).name
-    if name and image is None:
-        raise InputError(
-            f"{run}: no {name}, in whose space it is to end: what that is made of cannot be read"
-        )
     if name and image and settings.grid == "auto":
         check_same_grid(layout, image, run, name)
 
@@ -216,6 +212,10 @@ def read_layout(source: Path, run: str, affine_source: str = "auto") -> Layout:
     InputError
         If the file cannot be read, begins with no NIfTI header, or is too small for its header.
     """
+    return _read_layout(source, run, lambda peek, name: parse_layout(peek, name, affine_source))
+
+
+def _read_layout(source: Path, run: str, parse: Callable[[bytes, str], Layout]) -> Layout:
     try:
         if source.is_symlink() and not source.exists():
             raise InputError(
@@ -232,7 +232,7 @@ def read_layout(source: Path, run: str, affine_source: str = "auto") -> Layout:
     if first_bytes.startswith(GZIP_MAGIC):
         n_bytes *= MAX_DEFLATED
         first_bytes = _inflated(first_bytes, run)
-    layout = parse_layout(first_bytes[:HEADER_BYTES], run, affine_source)
+    layout = parse(first_bytes[:HEADER_BYTES], run)
     if n_bytes < layout.n_bytes:
         raise InputError(
             f"{run}: {_gb(layout.n_bytes)} promised by the header (axes {layout.shape}), at most "
@@ -260,19 +260,50 @@ class Images:
 
     def __init__(self, study: Study) -> None:
         self._study = study
-        self._layouts: dict[Path, Layout | None] = {}
+        self._found: dict[str, Layout | str] = {}
 
     def layout(self, run: str) -> Layout | None:
-        """That of a run's image; None if the run ends in its own space, or it cannot be read."""
-        scope = self._study.made_for(run)
-        path = self._study.firsts[scope].source if scope else self._study.settings_of(run).image
-        if path is None:
+        """That of a run's image; None if the run ends in its own space.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read, or what it is to be made of cannot.
+        """
+        scope, image = self._study.made_for(run), self._study.settings_of(run).image
+        if image is None:
             return None
-        if path not in self._layouts:
-            self._layouts[path] = None
-            with contextlib.suppress(InputError):  # stage or realign says what is wrong
-                self._layouts[path] = read_layout(path, path.name)
-        return self._layouts[path]
+        key = scope or str(image)
+        if key not in self._found:
+            try:
+                self._found[key] = self._of_scope(scope) if scope else self._of_file(image)
+            except InputError as error:
+                self._found[key] = str(error)
+        found = self._found[key]
+        if isinstance(found, str):
+            raise InputError(f"{run}: no {image.name}, in whose space it is to end: {found}")
+        return found
+
+    def _of_scope(self, scope: str) -> Layout:
+        """Of the first run of a scope, or of the reference that was made while it was readable."""
+        first, settings = self._study.firsts[scope], self._study.settings
+        try:
+            layout = read_layout(first.source, first.name, settings.affine_source)
+            check_run_shape(layout, first.name, settings.in_plane)
+            check_units(layout, first.name)
+        except InputError as error:
+            if self._study.has_reference(scope):
+                return self._of_file(self._study.reference_path(scope))
+            raise InputError(f"it is made of the first run of {scope}, {error}") from error
+        return layout
+
+    def _of_file(self, path: Path) -> Layout:
+        if not (path.exists() or path.is_symlink()):
+            raise InputError(f"it is not in {path.parent}; add it, or choose another reference")
+        source = self._study.settings.affine_source
+        return _read_layout(
+            path, path.name, lambda peek, name: parse_image_layout(peek, name, source)
+        )
 
 
 def _refused_in_words(refused: tuple[tuple[str, str], ...]) -> str:

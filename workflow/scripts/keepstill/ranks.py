@@ -301,6 +301,8 @@ def realign_staged(
     if image := settings.image:
         own = target.reference
         space = on_first(world, lambda: find_space(run.run, own, image, settings))
+        if space and space.warning and not world.rank:
+            _log.warning("%s", space.warning)
         target = replace(target, space=space)
     task = Task(run, target, settings)
     by_itk = settings.engine == "itk"
@@ -442,5 +444,6 @@ def _save(stage_dir: Path, run: StagedRun, target: Target, found: Part) -> None:
         affine=end.affine,
         missing=missing,
         n_missing=found.n_missing,
+        warning=np.array(target.space.warning if target.space else ""),
     )
     put_staged(stage_dir / MOTION, saved.getvalue(), run.run)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.errors import InputError
-from keepstill.nifti import HEADER_BYTES, Layout, parse_layout
+from keepstill.nifti import HEADER_BYTES, Layout, parse_image_layout, parse_layout
 from keepstill.stage import (
     REALIGNED_VOXELS,
     STAGED,
@@ -86,8 +86,16 @@ def open_staged(stage_dir: Path) -> StagedRun:
     return StagedRun(found["run"], layout, voxels, voxels_dir / REALIGNED_VOXELS, found)
 
 
-def read_volume(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+def read_volume(
+    path: Path, affine_source: str = "auto"
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """A 3-D NIfTI file whole.
+
+    Parameters
+    ----------
+    path : Path
+    affine_source : str
+        Which affine is true, as in the settings, where the file has both.
 
     Returns
     -------
@@ -104,7 +112,7 @@ def read_volume(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     name = path.name
     try:
         chunks = Chunks(path, name)
-        layout = parse_layout(chunks.peek(HEADER_BYTES), name)
+        layout = parse_image_layout(chunks.peek(HEADER_BYTES), name, affine_source)
         refuse_impossible_size(layout, path.stat().st_size, name)
         if any(n != 1 for n in layout.shape[3:]) or len(layout.shape) < 3:
             raise InputError(f"{name}: axes {layout.shape} found; a reference needs one volume")

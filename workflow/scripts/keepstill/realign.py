@@ -44,6 +44,8 @@ _MEDIAN_VALUES = 8_000_000
 _LEAST_CORRELATION = 0.5
 # Positions in a header are single precision.
 _SAME_MM = 1e-3
+# A grid that holds less of the head cuts off what people would miss.
+_WHOLE_HEAD = 0.95
 _IMAGE_DEGREE = 5
 _AT_REST = Estimate(np.eye(4), "ok", 0, 0.0, 1.0, 1.0)
 
@@ -83,11 +85,14 @@ class Space:
         World mm from voxel.
     reference_from_space : (4, 4) float64
         World mm of the image -> world mm of the run's own volume that all others go by.
+    warning : str
+        Empty, unless the grid of the result cuts the head off.
     """
 
     volume: NDArray[np.float32]
     affine: NDArray[np.float64]
     reference_from_space: NDArray[np.float64]
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -178,10 +183,11 @@ def find_space(run: str, own: Reference, image: Path, settings: RealignSettings)
     Raises
     ------
     InputError
-        If the file is not a volume, shows no head, or the run's reference is not found in it.
+        If the file is not a volume, shows no head, or the run's reference is not found in it, or
+        if the run is to stay on its own grid, and that is elsewhere.
     """
     try:
-        volume, affine = read_volume(image)
+        volume, affine = read_volume(image, settings.affine_source)
         volume, _ = fill_missing(volume)
         if np.array_equal(volume, own.volume) and np.allclose(affine, own.affine, atol=_SAME_MM):
             return None
@@ -195,9 +201,29 @@ def find_space(run: str, own: Reference, image: Path, settings: RealignSettings)
             f"{placed.overlap:.0%} (needs {least:.0%}), correlation {placed.correlation:.2f} "
             f"(needs {_LEAST_CORRELATION}); check its position, or choose another reference"
         )
+    warning = ""
     if settings.grid == "own":
+        warning = _cut_off(run, image, placed.on_own_grid, least)
         volume, affine = _on_grid_of(own, volume, affine), own.affine
-    return Space(volume, affine, placed.volume_from_image)
+    return Space(volume, affine, placed.volume_from_image, warning)
+
+
+def _cut_off(run: str, image: Path, on_own_grid: float, least: float) -> str:
+    """Warning of a head that the run's own grid does not hold, in the pose of an image.
+
+    Raises
+    ------
+    InputError
+        If it holds less than the least part.
+    """
+    if on_own_grid >= _WHOLE_HEAD:
+        return ""
+    found = f"{run}: its own grid holds {on_own_grid:.0%} of its head in the pose of {image.name}"
+    if on_own_grid < least:
+        raise InputError(
+            f"{found} (needs {least:.0%}); set grid: reference (keepstill realign: --grid)"
+        )
+    return f"{found}; the rest is cut off, unless grid is set to reference"
 
 
 def _on_grid_of(

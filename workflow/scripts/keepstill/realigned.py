@@ -189,6 +189,8 @@ def open_result(stage_dir: Path, settings: RealignSettings) -> Realigned:
             "were filled from their neighbours and are left out of the figures"
         )
     itk: dict[str, Any] = {"version": None, "check": None}
+    if warning := str(arrays.pop("warning")):
+        warnings.append(warning)
     if settings.uses_itk:
         itk = json.loads((stage_dir / ITK_NOTE).read_text())
     warnings += (itk["check"] or {}).pop("warnings", [])

@@ -35,6 +35,7 @@ from keepstill.nifti import (
     check_run_shape,
     check_same_grid,
     check_units,
+    parse_image_layout,
     parse_layout,
 )
 from keepstill.settings import SBREF, RealignSettings
@@ -169,7 +170,8 @@ def _check_shared(layout: Layout, run: str, settings: RealignSettings) -> None:
             "or choose another reference"
         )
     if settings.grid == "auto":
-        other = parse_layout(Chunks(image, image.name).peek(HEADER_BYTES), image.name)
+        first_bytes = Chunks(image, image.name).peek(HEADER_BYTES)
+        other = parse_image_layout(first_bytes, image.name, settings.affine_source)
         check_same_grid(layout, other, run, image.name)
 
 

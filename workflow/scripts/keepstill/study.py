@@ -25,6 +25,7 @@ from keepstill.errors import InputError, counted
 from keepstill.files import claim_output_dir, refuse_foreign_data_set, why_no_room
 from keepstill.manifest import (
     engine_sha256,
+    has_content,
     has_key,
     known_sha256,
     manifest_path,
@@ -37,7 +38,7 @@ from keepstill.misnamed import NONE_MISNAMED, Misnamed
 from keepstill.multi_echo import with_leaders
 from keepstill.realigned import shared_reference_path
 from keepstill.run_table import read_run_table
-from keepstill.scopes import RUN, first_runs, scope_name
+from keepstill.scopes import RUN, SESSION, first_runs, scope_name
 from keepstill.settings import SBREF, RealignSettings, with_sbref
 from keepstill.stage import (
     claim_stage_root,
@@ -199,10 +200,14 @@ class Study:
         """The image in whose space all runs of the run's scope end, which need not be there."""
         scope = scope_name(run, self.scope)
         if self.settings.reference != SBREF:
-            return self.output_dir / shared_reference_path(scope)
+            return self.reference_path(scope)
         first = self.firsts[scope]
         missing = first.source.with_name(f"{first.name}_sbref.nii.gz")
         return (first.sbref or find_sbref(first.source) or missing).absolute()
+
+    def reference_path(self, scope: str) -> Path:
+        """Where the reference that is made for a scope lies."""
+        return self.output_dir / shared_reference_path(scope)
 
     def made_for(self, run: str) -> str | None:
         """Name of the scope whose reference is made before a run is begun; None if none is."""
@@ -217,7 +222,9 @@ class Study:
             key = self._key_of(first, self._metadata_of(first), self.settings.for_sharing)
         except InputError:
             return False  # stage says what is wrong
-        return has_key(shared_entry(scope), key, self.output_dir)
+        entry, path = shared_entry(scope), shared_reference_path(scope)
+        # By its content, not by its size alone: all runs of the scope are to end in it.
+        return has_key(entry, key, self.output_dir) and has_content(self.output_dir, entry, path)
 
     def is_complete(self, run: str) -> bool:
         """Whether a run's files are those of its input, the settings and the engine."""
@@ -413,11 +420,12 @@ def read_study(config: Config, given: Iterable[str], clone: Path) -> Study:
 
 
 def _known_runs(bids_dir: Path, filters: Filters, runs: list[Run], scope: str) -> list[Run]:
-    """All runs of the participants that a call is about, if it matters which run is their first."""
-    others = [labels for name, labels in filters.items() if name != "participants"]
+    """All runs of the scopes that a call is about, if it matters which run is their first."""
+    whole = ("participants", "sessions") if scope == SESSION else ("participants",)
+    others = [labels for name, labels in filters.items() if name not in whole]
     if scope == RUN or all(labels is None for labels in others):
         return runs
-    return index_runs(bids_dir, {"participants": filters["participants"]}).runs
+    return index_runs(bids_dir, {name: filters[name] for name in whole}).runs
 
 
 def plan_study(study: Study) -> Plan:

@@ -75,7 +75,7 @@ class Node:
     def __init__(self, root: Path) -> None:
         self.root = root
         daemon = int((root / "slurmd.pid").read_text())
-        self.shm = Path(f"/proc/{daemon}/root/dev/shm")
+        self.shm = Path("/proc", str(daemon), "root", "dev", "shm")
 
     def jobs(self) -> list[str]:
         """Numbers of the jobs that are not over."""

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from keepstill.__main__ import main
+from keepstill.bids import index_runs
+from keepstill.settings import RealignSettings
+from keepstill.study import Study
 
 CLONE = Path(__file__).parents[1]
 
@@ -35,3 +38,15 @@ def call(root: Path, *config: str, status: int = 0) -> list[str]:
     assert done.returncode == status, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("keepstill: ")]
     return [line for line in lines if ": waiting for " not in line]
+
+
+def study_of(bids_dir: Path, root: Path) -> Study:
+    """All runs of a data set with default settings, to be realigned below a folder."""
+    return Study(
+        bids_dir=bids_dir,
+        output_dir=root / "out",
+        stage_root=root / "keepstill-0",
+        settings=RealignSettings(),
+        runs={run.name: run for run in index_runs(bids_dir).runs},
+        has_pages=True,
+    )

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import runs
-from keepstill.bids import index_runs
 from keepstill.job_requests import (
     JOB_BYTES,
     JOB_OVERHEAD_S,
@@ -17,9 +16,9 @@ from keepstill.job_requests import (
     runs_a_job,
 )
 from keepstill.preflight import CPU_S_PER_RUN, Needs
-from keepstill.settings import RealignSettings
 from keepstill.stage import REALIGNED_VOXELS, STAGED_VOXELS, stage_run
 from keepstill.study import Study
+from studies import study_of
 
 SMALL, LONG = "sub-01_task-rest", "sub-02_task-rest"
 
@@ -37,14 +36,7 @@ def made(tmp_path: Path) -> Study:
     with long.open("wb") as file:
         file.write(header)
         file.truncate(352 + 2 * 3 * 10**9)  # as no more than a hole
-    return Study(
-        bids_dir=bids_dir,
-        output_dir=tmp_path / "out",
-        stage_root=tmp_path / "keepstill-0",
-        settings=RealignSettings(),
-        runs={run.name: run for run in index_runs(bids_dir).runs},
-        has_pages=True,
-    )
+    return study_of(bids_dir, tmp_path)
 
 
 def test_memory_holds_what_is_staged_and_every_rank(made: Study, tmp_path: Path) -> None:

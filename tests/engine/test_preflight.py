@@ -12,13 +12,13 @@ import pytest
 import runs
 from keepstill import preflight as engine_preflight
 from keepstill.__main__ import main
-from keepstill.bids import index_runs
 from keepstill.errors import InputError
 from keepstill.misnamed import Misnamed
 from keepstill.preflight import Needs, preflight, read_layout, run_needs, study_needs
 from keepstill.settings import RealignSettings
 from keepstill.stage import REALIGNED_VOXELS, STAGED_VOXELS, stage_run
 from keepstill.study import Study
+from studies import study_of
 
 RUNS = ("sub-01_task-rest", "sub-02_task-rest", "sub-03_task-rest")
 SHAPE = (20, 22, 14, 5)
@@ -31,14 +31,7 @@ def made(tmp_path: Path) -> Study:
     for run in RUNS:
         runs.write_run(bids_dir / run[:6] / "func" / f"{run}_bold.nii.gz", runs.ball_run())
     (bids_dir / "dataset_description.json").write_text("{}")
-    return Study(
-        bids_dir=bids_dir,
-        output_dir=tmp_path / "out",
-        stage_root=tmp_path / "keepstill-0",
-        settings=RealignSettings(),
-        runs={run.name: run for run in index_runs(bids_dir).runs},
-        has_pages=True,
-    )
+    return study_of(bids_dir, tmp_path)
 
 
 def told(study: Study) -> list[str]:

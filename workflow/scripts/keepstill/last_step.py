@@ -11,7 +11,7 @@ from keepstill.estimate import Estimate, allowed_step
 from keepstill.kernels.small import product, solution
 from keepstill.kernels.sums import N_COLUMNS, block_sums, outside_normal, to_residuals
 from keepstill.moving import Asked, Moving, fill_values
-from keepstill.reference import Level, Reference
+from keepstill.reference import Level, Reference, total_over_blocks
 from keepstill.run_model import RunModel
 
 Matrix = NDArray[np.float64]
@@ -101,19 +101,14 @@ def take_last_step(
     model.take_off(residuals, reference, spans, to_moving)
     sums = block_sums(level.points.test_jacobian, residuals, reference.block_ends)
     normal = level.normal - outside_normal(level.points, spans)
-    totals = _total(sums)
+    totals = total_over_blocks(sums)
     step, regular = allowed_step(normal, totals[:N_COLUMNS], reference.basis)
     if not regular or geometry.step_size_mm(step[:6, 0]) > _FURTHEST_MM:
         return estimate
     n_inside, squares = int(np.diff(spans).sum()), float(totals[N_COLUMNS])
     left = sums[:, :N_COLUMNS] - _predicted(level.block_normals, step)
     variance = squares / max(n_inside - N_COLUMNS, 1)
-    scatters = (
-        level.test_normal * variance,
-        product(np.ascontiguousarray(left.T), left),
-        level.block_spread * variance,
-    )
-    noise, seen, unrelated = _covariances(normal, reference.basis, scatters)
+    noise, by_blocks = _errors(level, (normal, reference.basis), left, variance)
     return replace(
         estimate,
         moving_from_reference=_moved(estimate, step, reference),
@@ -121,7 +116,7 @@ def take_last_step(
         cost=float(np.sqrt(squares / max(n_inside, 1))) / reference.mean_intensity,
         scale=estimate.scale / (1.0 + float(step[6, 0])),
         covariance=noise,
-        covariance_by_blocks=_as_multiple(seen, unrelated, noise),
+        covariance_by_blocks=by_blocks,
     )
 
 
@@ -135,17 +130,22 @@ def _moved(estimate: Estimate, step: Matrix, reference: Reference) -> Matrix:
     return geometry.compose(estimate.moving_from_reference, turn)
 
 
-def _total(sums: Matrix) -> Matrix:
-    """Sum over blocks, in their order."""
-    out = np.zeros(sums.shape[1])
-    for row in sums:
-        out += row
-    return out
-
-
 def _predicted(block_normals: Matrix, step: Matrix) -> Matrix:
     n_blocks, n, _ = block_normals.shape
     return product(block_normals.reshape(-1, n), step).reshape(n_blocks, n)
+
+
+def _errors(
+    level: Level, normal_and_basis: tuple[Matrix, Matrix], left: Matrix, variance: float
+) -> tuple[Matrix, Matrix]:
+    """Covariances (6, 6) of the motion by the residuals' variance, and by blocks of points."""
+    scatters = (
+        level.test_normal * variance,
+        product(np.ascontiguousarray(left.T), left),
+        level.block_spread * variance,
+    )
+    noise, seen, unrelated = _covariances(*normal_and_basis, scatters)
+    return noise, _as_multiple(seen, unrelated, noise)
 
 
 def _covariances(normal: Matrix, basis: Matrix, scatters: tuple[Matrix, ...]) -> list[Matrix]:

@@ -346,14 +346,14 @@ def _level(
     between = list(itertools.pairwise(int(end) for end in ends))
     by_block = np.array([cross_sums(test, plain, a, b) for a, b in between])
     tests_by_block = np.array([cross_sums(test, test, a, b) for a, b in between])
-    normal, of_tests = _total(by_block), _total(tests_by_block)
+    normal, of_tests = total_over_blocks(by_block), total_over_blocks(tests_by_block)
     normal[-1, -1] += mean_intensity**2
     spread = _block_spread((by_block, tests_by_block), normal, of_tests)
     return Level(points, normal, rough, inset_voxels, by_block, of_tests, spread)
 
 
-def _total(parts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum over blocks, in their order."""
+def total_over_blocks(parts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sum of (n_blocks, ...) over blocks, in their order, which no rank or thread changes."""
     out = np.zeros(parts.shape[1:])
     for part in parts:
         out += part

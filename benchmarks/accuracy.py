@@ -65,7 +65,7 @@ class Errors:
     bar_mm
         The engine's expected error; NaN if it gives none.
     bent_mm
-        What the best rigid map leaves, where slices move apart.
+        What the best rigid map leaves where slices move apart, of the reference and the volume.
     is_dropped, is_failed
         Volumes that lost slices; volumes that were marked as failed.
     """
@@ -162,6 +162,7 @@ def errors_of(source: Path, found: Array, confounds: dict[str, list[str]]) -> Er
     offset = shared_offset(found[steady], exact[steady])
     free_mm = truth.error_mm(found @ geometry.inverse(offset), int(reference))[others]
     bounds_mm = json.loads(source.with_name(source.name[:-7] + ".json").read_text())[BOUND]
+    bent_mm = _numbers(table["bent"])
     bar = confounds.get(ERROR_BAR, ["n/a"] * len(found))
     return Errors(
         raw_mm=raw_mm,
@@ -169,7 +170,7 @@ def errors_of(source: Path, found: Array, confounds: dict[str, list[str]]) -> Er
         raw_bounds=raw_mm / bounds_mm["NoisyReference"],
         free_bounds=free_mm / bounds_mm["TemplateKnown"],
         bar_mm=_numbers(bar)[others],
-        bent_mm=_numbers(table["bent"])[others],
+        bent_mm=np.hypot(bent_mm[others], bent_mm[reference]),
         is_dropped=_numbers(table["dropped_slices"])[others] > 0,
         is_failed=(status == "failed")[others],
     )

@@ -198,6 +198,21 @@ def outside_normal(points, spans):
     return cross_sums(points.test_jacobian[:, outside], points.jacobian[:, outside])
 
 
+def outside_normals(points, spans, parts, n_parts):
+    """The same for the rows of each part."""
+    out, outside = np.zeros((n_parts, 8, 8)), ~is_in_span(points, spans)
+    of_point = np.repeat(parts, points.rows[:, 3])
+    for part in range(n_parts):
+        chosen = outside & (of_point == part)
+        out[part] = cross_sums(points.test_jacobian[:, chosen], points.jacobian[:, chosen])
+    return out
+
+
+def sums_of_parts(sums, parts, n_parts):
+    """Sums of those rows that belong to each part."""
+    return np.array([sums[parts == part].sum(axis=0) for part in range(n_parts)])
+
+
 def cross_sums(left, right):
     """left right' over all points."""
     return left.astype(float) @ right.astype(float).T

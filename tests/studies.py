@@ -14,6 +14,11 @@ from keepstill.study import Study
 
 CLONE = Path(__file__).parents[1]
 
+# The steps of a run on two cores, and as many ranks. What is set here leaves none of the profile's.
+TWO_RANKS = ("--set-threads", "stage=2", "realign=2", "collect=2", "reslice_echo=2",
+             "--set-resources", "realign:mpi=mpirun", "realign:mpi_args=-bind-to user:{cores}",
+             "realign:tasks=2")  # fmt: skip
+
 
 def simulate(study: Path, options: str) -> None:
     """A study of heads of known motion."""

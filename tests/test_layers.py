@@ -13,7 +13,7 @@ LAYERS = (
     ("files", "settings", "kernels", "start", "misnamed"),
     (
         *("geometry", "masks", "moving", "smooth", "survey", "lost_slices", "blobs", "team"),
-        "breathing",
+        *("breathing", "cuts"),
     ),
     ("nifti", "bids", "lanes", "itk_bridge"),
     ("manifest", "run_table", "multi_echo"),

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from keepstill.error_bars import (
+    directions,
     displacement_form,
     expected_errors_mm,
     mean_square_mm2,
     with_error_bars,
     with_explained_noise,
 )
-from keepstill.estimate import Estimate
+from keepstill.estimate import Disagreement, Estimate
 
 RADIUS_MM = 65.0
 PROBABILITY = 0.68
@@ -30,10 +31,15 @@ def covariance_of(seed, n_directions=6, size_mm=0.01):
     return factor @ factor.T
 
 
-def estimate_with(noise, by_blocks):
-    return Estimate(
-        np.eye(4), "ok", 3, 0.01, 1.0, 1.0, covariance=noise, covariance_by_blocks=by_blocks
-    )
+def estimate_with(noise, *disagreements):
+    given = tuple(Disagreement(*numbers) for numbers in disagreements)
+    return Estimate(np.eye(4), "ok", 3, 0.01, 1.0, 1.0, covariance=noise, disagreements=given)
+
+
+def factors_of(estimates):
+    """What the covariance of each volume is multiplied by."""
+    found = with_error_bars(dict(enumerate(estimates)))
+    return [found[t].covariance[0, 0] / e.covariance[0, 0] for t, e in enumerate(estimates)]
 
 
 def drawn(covariance, n=200_000):
@@ -97,35 +103,62 @@ def test_no_noise_no_error():
     nothing = np.zeros((3, 6, 6))
     assert (expected_errors_mm(nothing, FORM, 0) == 0).all()
     assert (expected_errors_mm(nothing, FORM, None) == 0).all()
-    estimate = estimate_with(nothing[0], nothing[0])
+    estimate = estimate_with(nothing[0], (1.0, 40.0))
     assert (with_error_bars({0: estimate})[0].covariance == 0).all()
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(3.0, 3.3), (0.5, 1.1), (1e6, 100.0)])
-def test_blocks_count_as_a_mean_over_the_run(factor, expected):
-    """Half of the blocks' factor is in each second volume; there is no less than 1.1 x noise."""
-    estimates = {}
-    for t, part in enumerate((0.5, 1.5, 0.5, 1.5)):
-        noise = covariance_of(t // 2)
-        estimates[t] = estimate_with(noise, noise * factor * part)
-    estimates[4] = replace(estimates[0], status="failed", covariance=UNKNOWN)
-    found = with_error_bars(estimates)
-    assert list(found) == list(estimates)
-    for t in range(4):
-        np.testing.assert_allclose(found[t].covariance, estimates[t].covariance * expected)
-    assert np.isnan(found[4].covariance).all()
+@pytest.mark.parametrize(("ratio", "expected"), [(3.0, 3.3), (0.5, 1.1), (1e6, 100.0)])
+def test_volumes_that_differ_by_noise_count_as_their_mean(ratio, expected):
+    """Ratios that scatter no more than their freedom makes them; never less than 1.1 x noise."""
+    scattered = ratio * np.array([0.8, 1.2, 0.8, 1.2])
+    estimates = [estimate_with(covariance_of(t), (r, 40.0)) for t, r in enumerate(scattered)]
+    estimates.append(replace(estimates[0], status="failed", covariance=UNKNOWN, disagreements=()))
+    found = factors_of(estimates)
+    assert found[:4] == pytest.approx([expected] * 4) and np.isnan(found[4])
+
+
+def test_the_cut_that_shows_most_counts():
+    """In each volume; of volumes that differ by more than noise, each is believed."""
+    calm, moved = [(1.0, 1e9)] * 2, [(5.0, 1e9), (2.0, 1e9)]
+    pairs = zip(calm, moved, strict=True)
+    estimates = [estimate_with(covariance_of(t), *both) for t, both in enumerate(pairs)]
+    assert factors_of(estimates) == pytest.approx([5.5, 2.2], rel=1e-6)
+
+
+def test_ratios_are_believed_as_far_as_they_guess_best():
+    """Of ratios that are drawn: no other line through the mean comes nearer to what they are of."""
+    rng, freedom, n = np.random.default_rng(6), 12.0, 4000
+    truth = 3.0 + rng.gamma(2.0, 1.5, n)
+    ratios = truth * rng.chisquare(freedom, n) / freedom
+    estimates = [estimate_with(covariance_of(1), (ratio, freedom)) for ratio in ratios]
+    found = np.array(factors_of(estimates)) / 1.1
+    slope = np.polyfit(ratios, truth, 1)[0]
+    assert np.polyfit(ratios, found, 1)[0] == pytest.approx(slope, rel=0.1)
+    off = [np.square(guess - truth).mean() for guess in (found, ratios, ratios.mean())]
+    assert off[0] < 0.9 * min(off[1:])
+
+
+def test_a_head_without_cuts_has_the_least_factor():
+    assert factors_of([estimate_with(covariance_of(1))]) == pytest.approx([1.1])
+
+
+@pytest.mark.parametrize("n_directions", [1, 2, 3])
+def test_directions_of_an_error(n_directions):
+    """Of shifts alone, all alike."""
+    covariance = np.diag([0.01] * n_directions + [0.0] * (6 - n_directions))
+    assert directions(covariance) == pytest.approx(n_directions)
 
 
 def test_noise_that_the_model_explains():
     """A quarter: the variance of residuals is 3/4, and so is what they say of the motion."""
-    estimate = estimate_with(covariance_of(1), covariance_of(2))
+    estimate = estimate_with(covariance_of(1), (2.0, 40.0))
     found = with_explained_noise(estimate, 0.25)
     np.testing.assert_allclose(found.covariance * 0.75**2, estimate.covariance)
-    np.testing.assert_allclose(found.covariance_by_blocks * 0.75**2, estimate.covariance_by_blocks)
+    assert found.disagreements == estimate.disagreements
     unchanged = with_explained_noise(estimate, 0.0)
     np.testing.assert_array_equal(unchanged.covariance, estimate.covariance)
 
 
 def test_without_any_known_error():
-    estimates = {0: estimate_with(UNKNOWN, UNKNOWN)}
-    assert with_error_bars(estimates) is estimates
+    found = with_error_bars({0: estimate_with(UNKNOWN), 1: estimate_with(UNKNOWN, (2.0, 40.0))})
+    assert all(np.isnan(e.covariance).all() for e in found.values())

@@ -216,15 +216,27 @@ def test_normal_matrices(sampled):
     assert_close(sums.outside_normal(points, spans), naive.outside_normal(points, spans), 1e-12)
 
 
-def test_normal_matrices_of_blocks(sampled):
-    reference, _, _ = sampled
-    last, ends = reference.last.points, reference.block_ends
-    assert len(ends) > 3 and ends[0] == 0 and ends[-1] == last.values.size
-    for normal, first, end in zip(reference.last.block_normals, ends[:-1], ends[1:], strict=True):
-        expected = naive.cross_sums(last.test_jacobian[:, first:end], last.jacobian[:, first:end])
-        assert_close(normal, expected, 1e-12)
-    expected = naive.cross_sums(last.test_jacobian, last.test_jacobian)
-    assert_close(reference.last.test_normal, expected, 1e-12)
+def test_normal_matrices_of_parts(sampled):
+    """Of all points, and of those that left the field."""
+    reference, points, spans = sampled
+    for cut in reference.fine.cuts:
+        parts = (cut.part_of_row, cut.n_parts)
+        everything = naive.outside_normals(points, np.zeros_like(spans), *parts)
+        assert_close(cut.normals, everything, 1e-12)
+        found = sums.outside_normals(points, spans, *parts)
+        assert_close(found, naive.outside_normals(points, spans, *parts), 1e-12)
+        assert_close(found.sum(axis=0), naive.outside_normal(points, spans), 1e-12)
+    expected = naive.cross_sums(points.test_jacobian, points.test_jacobian)
+    assert_close(reference.fine.test_normal, expected, 1e-12)
+
+
+@pytest.mark.parametrize("n_parts", [1, 3, 9])
+def test_sums_of_parts(n_parts):
+    """Parts in any order; of the nine, some are empty."""
+    rng = np.random.default_rng(n_parts)
+    rows, parts = rng.normal(size=(12, 9)), rng.integers(0, n_parts, 12)
+    found = sums.sums_of_parts(rows, parts, n_parts)
+    assert_close(found, naive.sums_of_parts(rows, parts, n_parts), 1e-12)
 
 
 def test_to_residuals(sampled):

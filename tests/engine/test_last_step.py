@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import modelled
+import naive
 import runs
 from keepstill import geometry, phantom
 from keepstill.error_bars import (
@@ -125,33 +126,60 @@ def test_the_scale_takes_the_step_too(turned):
     assert found.scale == pytest.approx(estimate.scale, rel=0.001)
 
 
-def test_a_mean_over_blocks_is_all_that_differs(turned):
-    """Covariances are symmetric and positive; noise makes both of about the same size."""
+def test_a_covariance_and_how_far_parts_disagree(turned):
+    """The covariance is symmetric and positive; noise makes parts disagree by about noise."""
     found = last_step(turned, turned[3][1])
-    for covariance in (found.covariance, found.covariance_by_blocks):
-        np.testing.assert_allclose(covariance, covariance.T, rtol=1e-9, atol=1e-20)
-        assert np.linalg.eigvalsh(covariance).min() > 0
-    ratio = np.trace(found.covariance_by_blocks[:3, :3]) / np.trace(found.covariance[:3, :3])
-    assert 0.2 < ratio < 20
+    np.testing.assert_allclose(found.covariance, found.covariance.T, rtol=1e-9, atol=1e-20)
+    assert np.linalg.eigvalsh(found.covariance).min() > 0
+    assert len(found.disagreements) == 2
+    for disagreement, most in zip(found.disagreements, (15 * 6, 4 * 6), strict=True):
+        assert 0.2 < disagreement.ratio < 20 and most / 6 < disagreement.freedom < most
 
 
-def test_noise_alone_makes_blocks_disagree_by_noise(turned):
-    """White residuals: the mean of what blocks show is what single points do, a fit or not."""
+def test_noise_alone_makes_parts_disagree_by_noise(turned):
+    """White residuals: the mean of what parts show is what single points do, a fit or not."""
     _, _, reference, _ = turned
     last, rng = reference.last, np.random.default_rng(11)
-    blocks = reference.block_ends
-    normal, found = last.normal, []
+    normal, into, found = last.normal, np.linalg.inv(last.normal)[:6], [[] for _ in last.cuts]
     for _ in range(300):
-        residuals = rng.normal(size=last.points.values.size)
-        right = last.points.test_jacobian.astype(float) * residuals
-        by_block = np.add.reduceat(right, blocks[:-1], axis=1).T
-        step = np.linalg.solve(normal, by_block.sum(axis=0))
-        left = by_block - last.block_normals @ step
-        found.append(left.T @ left)
-    into = np.linalg.inv(normal)[:6]
-    seen, expected = (into @ m @ into.T for m in (np.mean(found, axis=0), last.block_spread))
-    assert mean_square_mm2(seen) == pytest.approx(mean_square_mm2(expected), rel=0.15)
-    assert mean_square_mm2(expected) < 0.97 * mean_square_mm2(into @ normal @ into.T)
+        residuals = rng.normal(size=last.points.values.size).astype(np.float32)
+        sums = naive.block_sums(last.points.test_jacobian, residuals, reference.strip_ends)[:, :8]
+        step = np.linalg.solve(normal, sums.sum(axis=0))
+        for cut, scatters in zip(last.cuts, found, strict=True):
+            left = naive.sums_of_parts(sums, cut.part_of_strip, cut.n_parts) - cut.normals @ step
+            scatters.append(left.T @ left)
+    for cut, scatters in zip(last.cuts, found, strict=True):
+        seen, expected = (into @ m @ into.T for m in (np.mean(scatters, axis=0), cut.spread))
+        assert mean_square_mm2(seen) == pytest.approx(mean_square_mm2(expected), rel=0.15)
+        assert mean_square_mm2(expected) < 0.97 * mean_square_mm2(into @ normal @ into.T)
+
+
+def test_parts_of_a_head_that_is_cut(turned):
+    """Slabs of y and of z, each of about as many points; no strip lies in two of a cut."""
+    reference = turned[2]
+    rows, n_points = reference.last.points.rows, reference.last.points.values.size
+    for cut, axis in zip(reference.last.cuts, (0, 1), strict=True):
+        points = np.bincount(cut.part_of_row, weights=rows[:, 3])
+        assert points.sum() == n_points and points.min() > 0.5 * n_points / cut.n_parts
+        order = np.argsort(rows[:, axis], kind="stable")
+        assert (np.diff(cut.part_of_row[order]) >= 0).all()
+        part_of_point = np.repeat(cut.part_of_row, rows[:, 3])
+        ends = reference.strip_ends
+        for part, first, end in zip(cut.part_of_strip, ends[:-1], ends[1:], strict=True):
+            assert (part_of_point[first:end] == part).all()
+
+
+def test_slices_that_moved_on_their_own_are_seen(turned):
+    """A fifth of the slices a tenth of a voxel aside: slabs of z disagree by it, one by one."""
+    _, volumes, reference, (_, estimate) = turned
+    calm = last_step(turned, estimate)
+    moved = volumes[1].copy()
+    moved[12:19] = 0.9 * moved[12:19] + 0.1 * np.roll(moved[12:19], 1, axis=2)
+    found = take_last_step(
+        modelled.moving_of(moved, reference), AFFINE, reference, estimate, NO_MODEL
+    )
+    by_slab = (found.disagreements[1].ratio, calm.disagreements[1].ratio)
+    assert by_slab[0] > 5 * by_slab[1] and by_slab[0] > 1.5 * found.disagreements[0].ratio
 
 
 def test_noise_alone_gives_the_covariance_that_it_says(turned):

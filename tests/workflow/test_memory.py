@@ -28,12 +28,10 @@ def study_of(bids_dir: Path, n_runs: int) -> int:
 
 
 def call(root: Path, *options: str) -> list[str]:
-    """Snakemake without pages, two runs at a time of one rank each."""
+    """Snakemake without pages, as many runs at a time as lanes."""
     return [
         *(sys.executable, "-m", "snakemake", "--cores", str(N_LANES)),
         *("--snakefile", str(CLONE / "Snakefile"), *options),
-        *("--set-threads", "stage=1", "realign=1", "collect=1"),
-        *("--set-resources", "realign:tasks=1"),
         *("--config", "bids_dir=study", "output_dir=out", "pages=false"),
         f"stage_root={root / 'memory'}",
     ]

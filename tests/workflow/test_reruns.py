@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 import runs
+from studies import TWO_RANKS
 
 CLONE = Path(__file__).parents[2]
 NAMES = ("sub-01_task-rest", "sub-02_task-rest")
-ALONE = ("--set-threads", "stage=1", "realign=1", "collect=1", "reslice_echo=1",
-         "--set-resources", "realign:tasks=1")  # fmt: skip
 NOTHING = "keepstill: 2 runs, all complete; nothing to do"
 # Of a run: table, transforms, reference, two masks, two maps and the run itself, each with a
 # JSON beside it, and the manifest.
@@ -53,7 +52,7 @@ class Place:
             *(sys.executable, "-m", "snakemake", "--cores", "2"),
             *("--snakefile", str(clone / "Snakefile")),
             *(("--workflow-profile", str(given)) if given else ()),
-            *(arguments or ALONE),
+            *arguments,
             *("--config", "bids_dir=study", "output_dir=out", f"stage_root={self.memory}"),
             *("pages=false", *config),
         ]
@@ -96,9 +95,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--set-resources", "realign:tasks=2"),
-        ("--set-threads", "realign=1", "--set-resources", "realign:tasks=1"),
-        ("--set-resources", "realign:mpi=srun --mpi=pmi2", "realign:tasks=1"),
+        TWO_RANKS,
+        ("--set-threads", "realign=2"),
+        ("--set-resources", "realign:mpi=srun --mpi=pmi2"),
         ("--workflow-profile", str(CLONE / "profiles" / "workstation")),
         ("--workflow-profile", str(CLONE / "profiles" / "slurm"), "--dry-run"),
     ],

@@ -19,6 +19,7 @@ from keepstill.config_files import load_config
 from keepstill.preflight import study_needs
 from keepstill.study import read_study
 from runs import ball_run, write_run
+from studies import TWO_RANKS
 from validator import validate
 
 CLONE = Path(__file__).parents[2]
@@ -104,9 +105,9 @@ def assert_preflight(lines: list[str], place: Place) -> None:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[str]]:
-    """A study that was realigned, and what was told."""
+    """A study that was realigned, two ranks a run, and what was told."""
     place = Place(tmp_path_factory.mktemp("done"))
-    process = place.call()
+    process = place.call(*TWO_RANKS)
     assert process.returncode == 0, process.stderr
     return place, told(process)
 
@@ -383,8 +384,9 @@ def command_of_ranks(process: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "n_cores", "command"),
     [
-        ((), 2, "mpirun -n 2 -bind-to 'user:{cores}' python -m mpi4py"),
-        ((), 1, "python"),
+        ((), 2, "python"),
+        (TWO_RANKS, 2, "mpirun -n 2 -bind-to 'user:{cores}' python -m mpi4py"),
+        (TWO_RANKS, 1, "python"),
         (
             (
                 "--set-resources",

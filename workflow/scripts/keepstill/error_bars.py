@@ -1,11 +1,12 @@
 """How far each volume's motion is likely to be off."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill.estimate import Estimate
+from keepstill.estimate import Disagreement, Estimate
 from keepstill.kernels.small import product
 
 Matrix = NDArray[np.float64]
@@ -14,49 +15,71 @@ Matrix = NDArray[np.float64]
 _HEAD_RADIUS_MM = 65.0
 # The normal distribution is below this number of standard deviations with probability 0.68.
 _SIGMAS = 0.46770
-# What blocks of points cannot show, since it is alike in all of them: fields that were themselves
+# What parts of the head cannot show, since it is alike in all of them: fields that were themselves
 # fitted, and what is left of aliasing. Fitted once, to drift, jitter and oblique runs of other
 # heads, motion and noise than the benchmark's (docs/benchmark.md).
 _UNSEEN = 1.1
-# Blocks cannot show less than noise; nor is a run believed to be worse than noise by more.
+# Parts cannot show less than noise; nor is a volume believed to be worse than noise by more.
 _LEAST_SEEN, _MOST_INFLATION = 1.0, 100.0
 
 
 def with_error_bars(estimates: dict[int, Estimate]) -> dict[int, Estimate]:
     """Estimates whose covariance counts more than the noise of single points.
 
-    What blocks of points say of one volume is noisy; their mean over the run, as a multiple of
-    what noise alone would make, is not. That multiple goes into every volume's covariance.
+    How far parts of the head disagree multiplies it: of the ways to cut the head, the one that
+    shows most. What one volume says of itself is noisy; as far as volumes differ by no more than
+    that noise makes them, it is the run's mean that counts.
     """
-    known = [e for e in estimates.values() if np.isfinite(e.covariance).all()]
-    if not known:
-        return estimates
-    noise = sum(mean_square_mm2(e.covariance) for e in known) / len(known)
-    if noise <= 0:
-        return estimates
-    seen = sum(mean_square_mm2(e.covariance_by_blocks) for e in known) / len(known)
-    inflation = min(_UNSEEN * max(seen / noise, _LEAST_SEEN), _MOST_INFLATION)
-    return {t: replace(e, covariance=e.covariance * inflation) for t, e in estimates.items()}
+    known = {t: e.disagreements for t, e in estimates.items() if np.isfinite(e.covariance).all()}
+    known = {t: disagreements for t, disagreements in known.items() if disagreements}
+    credible = [_credible(volumes) for volumes in zip(*known.values(), strict=True)]
+    seen = np.max([np.full(len(known), _LEAST_SEEN), *credible], axis=0)
+    factors = dict(zip(known, np.minimum(_UNSEEN * seen, _MOST_INFLATION), strict=True))
+    return {
+        t: replace(estimate, covariance=estimate.covariance * factors.get(t, _UNSEEN * _LEAST_SEEN))
+        for t, estimate in estimates.items()
+    }
+
+
+def _credible(volumes: Sequence[Disagreement]) -> Matrix:
+    """Each volume's ratio as far as it can be believed, else the run's mean, (n,).
+
+    Notes
+    -----
+    Linear credibility (Buhlmann 1967, ASTIN Bull 4:199): ratios are q = s c, c of mean 1 and
+    variance v = 2 / freedom, so that var(q) / mean(q)^2 = (1 + v) (1 + w) - 1 for volumes whose s
+    scatter by w. The best linear guess of s is mean + (q - mean) w mean^2 / var(q).
+    """
+    ratios = np.array([volume.ratio for volume in volumes])
+    mean = ratios.mean()
+    noise = 2.0 / float(np.mean([volume.freedom for volume in volumes]))
+    scatter = ratios.var() / mean**2 if mean > 0 else 0.0
+    apart = max((1 + scatter) / (1 + noise) - 1, 0.0)
+    believed = apart / ((1 + apart) * (1 + noise) - 1)
+    return np.asarray(mean + believed * (ratios - mean))
 
 
 def with_explained_noise(estimate: Estimate, explained: float) -> Estimate:
-    """Estimate of a volume that the run's model was fitted to, its covariances made up for that.
+    """Estimate of a volume that the run's model was fitted to, its covariance made up for that.
 
     The model explains a part of the volume's noise: residuals are that much smaller than the
     noise, and that much of what they say about motion is lost.
     """
-    factor = 1.0 / (1.0 - explained) ** 2
-    return replace(
-        estimate,
-        covariance=estimate.covariance * factor,
-        covariance_by_blocks=estimate.covariance_by_blocks * factor,
-    )
+    return replace(estimate, covariance=estimate.covariance / (1.0 - explained) ** 2)
 
 
 def mean_square_mm2(covariance: Matrix) -> float:
     """Mean square displacement over a ball of 65 mm about the centre, mm^2, by a (6, 6) error."""
     turned = 0.4 * _HEAD_RADIUS_MM**2  # of points in a ball: two thirds of the mean square radius
     return float(np.trace(covariance[:3, :3]) + turned * np.trace(covariance[3:, 3:]))
+
+
+def directions(covariance: Matrix) -> float:
+    """In how many directions a (6, 6) error moves a ball of 65 mm about as much: 1 to 6."""
+    weight = np.array([1.0] * 3 + [np.sqrt(0.4) * _HEAD_RADIUS_MM] * 3)
+    moved = covariance * weight * weight[:, None]
+    squares = float((moved * moved.T).sum())
+    return float(np.trace(moved)) ** 2 / squares if squares > 0 else 1.0
 
 
 def displacement_form(arms_mm: Matrix) -> Matrix:

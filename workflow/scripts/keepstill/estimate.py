@@ -9,6 +9,7 @@ iteration, or large motion is pulled back towards the identity.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,22 @@ def _unknown() -> NDArray[np.float64]:
     return np.full((6, 6), np.nan)
 
 
+class Disagreement(NamedTuple):
+    """How far parts of a head disagree about a volume's motion.
+
+    Attributes
+    ----------
+    ratio : float
+        Mean square displacement by which they do, over what noise of single points would make; 1
+        on average if there is nothing else.
+    freedom : float
+        Degrees of freedom of the ratio: noise alone scatters it by a variance of 2 / freedom.
+    """
+
+    ratio: float
+    freedom: float
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What is known of one volume's motion.
@@ -68,9 +85,8 @@ class Estimate:
     covariance : (6, 6) float64
         Of the error of three shifts (mm) and three rotations (rad) about the reference's centre,
         by the residuals' variance as if they were noise.
-    covariance_by_blocks : (6, 6) float64
-        The same by how far blocks of points disagree, which shows errors of neighbouring points
-        that are alike; noise alone would make it equal to `covariance`, on average.
+    disagreements : tuple of Disagreement
+        How far parts of the head disagree, for each way to cut it.
     """
 
     moving_from_reference: NDArray[np.float64]
@@ -81,7 +97,7 @@ class Estimate:
     scale: float
     lost_slices: tuple[int, ...] = ()
     covariance: NDArray[np.float64] = field(default_factory=_unknown)
-    covariance_by_blocks: NDArray[np.float64] = field(default_factory=_unknown)
+    disagreements: tuple[Disagreement, ...] = ()
 
 
 @dataclass

@@ -6,12 +6,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
-from keepstill.error_bars import mean_square_mm2
-from keepstill.estimate import Estimate, allowed_step
+from keepstill.cuts import Cut, total_of
+from keepstill.error_bars import directions, mean_square_mm2
+from keepstill.estimate import Disagreement, Estimate, allowed_step
 from keepstill.kernels.small import product, solution
-from keepstill.kernels.sums import N_COLUMNS, block_sums, outside_normal, to_residuals
+from keepstill.kernels.sums import (
+    N_COLUMNS,
+    block_sums,
+    outside_normal,
+    outside_normals,
+    sums_of_parts,
+    to_residuals,
+)
 from keepstill.moving import Asked, Moving, fill_values
-from keepstill.reference import Level, Reference, total_over_blocks
+from keepstill.reference import Level, Reference
 from keepstill.run_model import RunModel
 
 Matrix = NDArray[np.float64]
@@ -87,10 +95,10 @@ def take_last_step(
     -----
     The step is N^-1 T' r for residuals r, Jacobian J, its low-passed twin T and N = T' J. Noise
     of variance s^2 makes its covariance s^2 N^-1 T'T N^-T. If residuals of neighbouring points
-    are alike, sums over blocks of points say more: with d_g = T' (r - J step) over block g, it is
+    are alike, sums over parts of the head say more: with d_g = T' (r - J step) over part g, it is
     N^-1 (sum of d_g d_g') N^-T, the cluster-robust estimate (Liang & Zeger 1986, Biometrika
-    73:13), which for few blocks is noisy for one volume and good for the mean over a run. It is
-    given as a multiple of what residuals that have nothing to do with each other would make.
+    73:13), which for few parts is noisy for one volume and good for the mean over a run. It is
+    given over what residuals that have nothing to do with each other would make.
     """
     if estimate.status == "failed":
         return estimate
@@ -99,24 +107,26 @@ def take_last_step(
     to_moving = to_moving_voxel(estimate, moving_affine, reference)
     residuals, spans = residuals_of(moving, to_moving, level, estimate.scale)
     model.take_off(residuals, reference, spans, to_moving)
-    sums = block_sums(level.points.test_jacobian, residuals, reference.block_ends)
+    sums = block_sums(level.points.test_jacobian, residuals, reference.strip_ends)
     normal = level.normal - outside_normal(level.points, spans)
-    totals = total_over_blocks(sums)
+    totals = total_of(sums)
     step, regular = allowed_step(normal, totals[:N_COLUMNS], reference.basis)
     if not regular or geometry.step_size_mm(step[:6, 0]) > _FURTHEST_MM:
         return estimate
     n_inside, squares = int(np.diff(spans).sum()), float(totals[N_COLUMNS])
-    left = sums[:, :N_COLUMNS] - _predicted(level.block_normals, step)
     variance = squares / max(n_inside - N_COLUMNS, 1)
-    noise, by_blocks = _errors(level, (normal, reference.basis), left, variance)
+    into_motion = _into_motion(normal, reference.basis)
     return replace(
         estimate,
         moving_from_reference=_moved(estimate, step, reference),
         iterations=estimate.iterations + 1,
         cost=float(np.sqrt(squares / max(n_inside, 1))) / reference.mean_intensity,
         scale=estimate.scale / (1.0 + float(step[6, 0])),
-        covariance=noise,
-        covariance_by_blocks=by_blocks,
+        covariance=_of_motion(into_motion, level.test_normal * variance),
+        disagreements=tuple(
+            _disagreement(cut, _left(level, cut, (sums, step, spans)), into_motion, variance)
+            for cut in level.cuts
+        ),
     )
 
 
@@ -130,36 +140,32 @@ def _moved(estimate: Estimate, step: Matrix, reference: Reference) -> Matrix:
     return geometry.compose(estimate.moving_from_reference, turn)
 
 
-def _predicted(block_normals: Matrix, step: Matrix) -> Matrix:
-    n_blocks, n, _ = block_normals.shape
-    return product(block_normals.reshape(-1, n), step).reshape(n_blocks, n)
+def _left(level: Level, cut: Cut, found: tuple[Matrix, Matrix, NDArray[np.int64]]) -> Matrix:
+    """What a step leaves of each part's sums, (n_parts, 8), by strips' sums, step and spans."""
+    sums, step, spans = found
+    outside = outside_normals(level.points, spans, cut.part_of_row, cut.n_parts)
+    inside = (cut.normals - outside).reshape(-1, N_COLUMNS)
+    right = sums_of_parts(sums, cut.part_of_strip, cut.n_parts)[:, :N_COLUMNS]
+    return right - product(inside, step).reshape(right.shape)
 
 
-def _errors(
-    level: Level, normal_and_basis: tuple[Matrix, Matrix], left: Matrix, variance: float
-) -> tuple[Matrix, Matrix]:
-    """Covariances (6, 6) of the motion by the residuals' variance, and by blocks of points."""
-    scatters = (
-        level.test_normal * variance,
-        product(np.ascontiguousarray(left.T), left),
-        level.block_spread * variance,
-    )
-    noise, seen, unrelated = _covariances(*normal_and_basis, scatters)
-    return noise, _as_multiple(seen, unrelated, noise)
+def _disagreement(cut: Cut, left: Matrix, into_motion: Matrix, variance: float) -> Disagreement:
+    """How far parts disagree, by what a step leaves of their sums."""
+    seen = _of_motion(into_motion, product(np.ascontiguousarray(left.T), left))
+    expected = _of_motion(into_motion, cut.spread * variance)
+    expected_mm2, freedom = mean_square_mm2(expected), (cut.n_parts - 1) * directions(expected)
+    return Disagreement(mean_square_mm2(seen) / expected_mm2 if expected_mm2 > 0 else 1.0, freedom)
 
 
-def _covariances(normal: Matrix, basis: Matrix, scatters: tuple[Matrix, ...]) -> list[Matrix]:
-    """Covariances (6, 6) of the motion by each of some scatters of the right-hand side."""
+def _into_motion(normal: Matrix, basis: Matrix) -> Matrix:
+    """Motion (6, 8) by the right-hand side of a step; NaN if there is none."""
     onto = np.ascontiguousarray(basis.T)
     inverse, regular = solution(product(onto, product(normal, basis)), onto)
     if not regular:
-        return [np.full((6, 6), np.nan)] * len(scatters)
-    inverse = np.ascontiguousarray(product(basis, inverse)[:6])
-    back = np.ascontiguousarray(inverse.T)
-    return [product(product(inverse, scatter), back) for scatter in scatters]
+        return np.full((6, N_COLUMNS), np.nan)
+    return np.ascontiguousarray(product(basis, inverse)[:6])
 
 
-def _as_multiple(seen: Matrix, unrelated: Matrix, noise: Matrix) -> Matrix:
-    """What blocks show, as if a fit took nothing off them: noise alone makes it that of noise."""
-    expected = mean_square_mm2(unrelated)
-    return seen * (mean_square_mm2(noise) / expected) if expected > 0 else seen
+def _of_motion(into_motion: Matrix, scatter: Matrix) -> Matrix:
+    """Covariance (6, 6) of the motion by a scatter (8, 8) of the right-hand side."""
+    return product(product(into_motion, scatter), np.ascontiguousarray(into_motion.T))

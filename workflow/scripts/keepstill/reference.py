@@ -1,6 +1,5 @@
 """The reference: what of it every volume is compared with, prepared once a run."""
 
-import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
+from keepstill.cuts import Cut, Strips, cuts_of, one_strip, strips_of
 from keepstill.errors import EmptyVolumeError
 from keepstill.kernels.bspline import GAINS, LANES, PAD, POLES, fill_coefficients
-from keepstill.kernels.small import product, solution
-from keepstill.kernels.sums import N_COLUMNS, Points, cross_sums
+from keepstill.kernels.sums import N_COLUMNS, Points
 from keepstill.masks import head_mask
 from keepstill.settings import EstimateSettings
 from keepstill.smooth import lowpass, valid_filtered
@@ -32,8 +31,7 @@ _COARSE_STEP = 4
 INSET_VOXELS, LAST_INSET_VOXELS = 1.0, 1.5
 # Shading is looked for in what is left below this low-pass, full width at half maximum.
 WIDE_FWHM_VOXELS = 4.0
-# Blocks of points: what ranks and threads share out, and what says how far a volume's parts
-# disagree about its motion.
+# Blocks of points: what ranks and threads share out, and parts of the head that may disagree.
 _N_BLOCKS = 16
 
 
@@ -57,22 +55,18 @@ class Level:
         Whether the level's result is a starting point only.
     inset_voxels : float
         How far inside the moving field of view points are looked at.
-    block_normals : (n_blocks, 8, 8) float64
-        What each block of points has of the normal matrix; one block on a rough level.
     test_normal : (8, 8) float64
         test_jacobian' test_jacobian.
-    block_spread : (8, 8) float64
-        What sums of residuals over blocks scatter by, for residuals of variance 1 that have nothing
-        to do with each other: less than the normal matrix by what a fit takes off each block.
+    cuts : tuple of Cut
+        Ways to cut the points in parts, which may disagree; none on a rough level.
     """
 
     points: Points
     normal: NDArray[np.float64]
     rough: bool
     inset_voxels: float
-    block_normals: NDArray[np.float64]
     test_normal: NDArray[np.float64]
-    block_spread: NDArray[np.float64]
+    cuts: tuple[Cut, ...]
 
 
 @dataclass(frozen=True)
@@ -109,6 +103,8 @@ class Reference:
     blocks : (n_blocks + 1,) int64
         Rows of all points where blocks of about equal numbers of points begin, and where the
         last one ends: a block holds whole slabs of one y.
+    strip_ends : (n_strips + 1,) int64
+        Points where strips begin, which no cut divides, and where the last one ends.
     ghost_slopes : (3, n) float32
         Change of the ghost at the points of the last level, by each voxel that it moves.
     ghost_half_voxels : (3,) float64
@@ -127,6 +123,7 @@ class Reference:
     fine: Level
     last: Level
     blocks: NDArray[np.int64]
+    strip_ends: NDArray[np.int64]
     ghost_slopes: NDArray[np.float32]
     ghost_half_voxels: NDArray[np.float64]
     basis: NDArray[np.float64]
@@ -138,12 +135,6 @@ class Reference:
         """Voxel axis along which there is a ghost."""
         axes = np.flatnonzero(self.ghost_half_voxels)
         return int(axes[0]) if axes.size else None
-
-    @property
-    def block_ends(self) -> NDArray[np.int64]:
-        """Points where blocks begin, and where the last one ends, (n_blocks + 1,)."""
-        begins = np.append(self.last.points.rows[:, 4], self.last.points.values.size)
-        return begins[self.blocks].astype(np.int64)
 
 
 def prepare_reference(
@@ -187,18 +178,19 @@ def prepare_reference(
     mean = float(volume[points_mask].mean(dtype=np.float64))
     rows = _rows(points_mask)
     blocks = _blocks(rows)
+    strips = strips_of(rows, blocks)
     coarse = _points(_coarse(rows), (plain, first), affine, centre_mm)
     fine = _points(rows, (plain, first), affine, centre_mm)
     finest = fine._replace(test_jacobian=_jacobian(rows, last, affine, centre_mm))
-    whole = np.array([0, len(coarse.rows)], np.int64)
     return Reference(
         volume=volume,
         affine=affine,
         centre_mm=centre_mm,
-        coarse=_level(coarse, whole, mean, INSET_VOXELS, rough=True),
-        fine=_level(fine, blocks, mean, INSET_VOXELS),
-        last=_level(finest, blocks, mean, LAST_INSET_VOXELS),
+        coarse=_level(coarse, one_strip(coarse), mean, INSET_VOXELS, rough=True),
+        fine=_level(fine, strips, mean, INSET_VOXELS),
+        last=_level(finest, strips, mean, LAST_INSET_VOXELS),
         blocks=blocks,
+        strip_ends=strips.ends,
         ghost_slopes=_ghost_slopes(ghost, rows, acquisition.ghost_axis),
         ghost_half_voxels=_ghost_half(volume.shape, acquisition.ghost_axis),
         basis=_in_plane_basis(affine) if acquisition.in_plane else np.eye(N_COLUMNS),
@@ -292,7 +284,7 @@ def wide_level(
     rows = _rows(mask)
     points = _points(rows, (images, images), affine, centre_mm)
     size = float(np.abs(points.values).mean(dtype=np.float64))
-    level = _level(points, np.array([0, len(rows)]), size, inset_voxels=0.0, rough=rough)
+    level = _level(points, one_strip(points), size, inset_voxels=0.0, rough=rough)
     return WideLevel(level, affine, float(points.values.var(dtype=np.float64)))
 
 
@@ -334,47 +326,13 @@ def _ghost_slopes(ghost: Volume, rows: NDArray[np.int64], axis: int | None) -> N
 
 
 def _level(
-    points: Points,
-    blocks: NDArray[np.int64],
-    mean_intensity: float,
-    inset_voxels: float,
-    rough: bool = False,
+    points: Points, strips: Strips, mean_intensity: float, inset_voxels: float, rough: bool = False
 ) -> Level:
     """Points and their normal matrices; a ghost that no point shows has a little certainty too."""
-    ends = np.append(points.rows[:, 4], points.values.size)[blocks]
-    test, plain = points.test_jacobian, points.jacobian
-    between = list(itertools.pairwise(int(end) for end in ends))
-    by_block = np.array([cross_sums(test, plain, a, b) for a, b in between])
-    tests_by_block = np.array([cross_sums(test, test, a, b) for a, b in between])
-    normal, of_tests = total_over_blocks(by_block), total_over_blocks(tests_by_block)
-    normal[-1, -1] += mean_intensity**2
-    spread = _block_spread((by_block, tests_by_block), normal, of_tests)
-    return Level(points, normal, rough, inset_voxels, by_block, of_tests, spread)
-
-
-def total_over_blocks(parts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum of (n_blocks, ...) over blocks, in their order, which no rank or thread changes."""
-    out = np.zeros(parts.shape[1:])
-    for part in parts:
-        out += part
-    return out
-
-
-def _block_spread(
-    blocks: tuple[NDArray[np.float64], NDArray[np.float64]],
-    normal: NDArray[np.float64],
-    of_tests: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Expected sum of d d' over blocks, d = T_g' r - N_g N^-1 T' r, for white r of variance 1."""
-    out = np.zeros_like(normal)
-    for of_block, tests in zip(*blocks, strict=True):
-        turned, regular = solution(np.ascontiguousarray(normal.T), np.ascontiguousarray(of_block.T))
-        out += tests
-        if regular:
-            taken = np.ascontiguousarray(turned.T)  # N_g N^-1
-            both = product(taken, tests)
-            out += product(product(taken, of_tests), turned) - both - both.T
-    return out
+    prior = np.zeros((N_COLUMNS, N_COLUMNS))
+    prior[-1, -1] = mean_intensity**2
+    normal, of_tests, cuts = cuts_of(points, strips, prior)
+    return Level(points, normal, rough, inset_voxels, of_tests, cuts)
 
 
 def _blocks(rows: NDArray[np.int64]) -> NDArray[np.int64]:

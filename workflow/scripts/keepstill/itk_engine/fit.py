@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill.estimate import Estimate
+from keepstill.error_bars import directions, mean_square_mm2
+from keepstill.estimate import Disagreement, Estimate
 from keepstill.itk_bridge import Image, Sampler, lowpassed
 from keepstill.itk_engine.points import ItkReference, Level, products
 from keepstill.settings import EstimateSettings
@@ -204,11 +205,11 @@ def _estimate(pair: _Pair, fit: _Fit) -> Estimate:
         scale=fit.scale,
         lost_slices=tuple(pair.lost_slices.tolist()),
     )
-    return _with_covariances(found, reference.levels[-1], fit) if good else found
+    return _with_covariance(found, reference.levels[-1], fit) if good else found
 
 
-def _with_covariances(found: Estimate, level: Level, fit: _Fit) -> Estimate:
-    """An estimate with its covariances, as `last_step.take_last_step` has them."""
+def _with_covariance(found: Estimate, level: Level, fit: _Fit) -> Estimate:
+    """An estimate with its covariance, as `last_step.take_last_step` has it."""
     inverse = np.linalg.inv(_normal(level, fit))
     tested = level.test_jacobian * fit.inside
     noise = products(tested, tested) * fit.mean_square
@@ -217,7 +218,10 @@ def _with_covariances(found: Estimate, level: Level, fit: _Fit) -> Estimate:
     of_noise, of_blocks = (
         (inverse @ part @ inverse.T)[:6, :6] for part in (noise, products(by_block, by_block))
     )
-    return replace(found, covariance=of_noise, covariance_by_blocks=of_blocks)
+    noise_mm2 = mean_square_mm2(of_noise)
+    ratio = mean_square_mm2(of_blocks) / noise_mm2 if noise_mm2 > 0 else 1.0
+    freedom = (_N_BLOCKS - 1) * directions(of_noise)
+    return replace(found, covariance=of_noise, disagreements=(Disagreement(ratio, freedom),))
 
 
 def _size_mm(step: Matrix) -> float:

@@ -117,9 +117,7 @@ class _Worker:
             return motion_of(volume, self._task, self._reference)
         # The reference's own noise is in the residuals of all others.
         none = np.zeros((6, 6))
-        return Estimate(
-            *(np.eye(4), "reference", 0, 0.0, 1.0, 1.0), covariance=none, covariance_by_blocks=none
-        )
+        return Estimate(np.eye(4), "reference", 0, 0.0, 1.0, 1.0, covariance=none)
 
     def _resliced(self, volume: Volume, estimate: Estimate) -> Volume:
         settings, out = self._task.settings, volume

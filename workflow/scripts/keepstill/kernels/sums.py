@@ -91,6 +91,31 @@ def outside_normal(points: Points, spans: NDArray[np.int64]) -> NDArray[np.float
 
 
 @kernel
+def outside_normals(
+    points: Points, spans: NDArray[np.int64], parts: NDArray[np.int64], n_parts: int
+) -> NDArray[np.float64]:
+    """The same for the rows of each part, (n_parts, 8, 8) float64; parts (n_rows,) tells it."""
+    out = np.zeros((n_parts, N_COLUMNS, N_COLUMNS))
+    for r in range(points.rows.shape[0]):
+        n, first = points.rows[r, 3], points.rows[r, 4]
+        _add_outer(out[parts[r]], points, first, first + spans[r, 0])
+        _add_outer(out[parts[r]], points, first + spans[r, 1], first + n)
+    return out
+
+
+@kernel
+def sums_of_parts(
+    sums: NDArray[np.float64], parts: NDArray[np.int64], n_parts: int
+) -> NDArray[np.float64]:
+    """Sums (n_parts, p) of those rows of (n, p) that belong to each part; parts (n,) tells it."""
+    out = np.zeros((n_parts, sums.shape[1]))
+    for i in range(parts.size):
+        for a in range(sums.shape[1]):
+            out[parts[i], a] += sums[i, a]
+    return out
+
+
+@kernel
 def block_sums(
     columns: NDArray[np.float32], residuals: NDArray[np.float32], blocks: NDArray[np.int64]
 ) -> NDArray[np.float64]:

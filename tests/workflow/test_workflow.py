@@ -17,7 +17,8 @@ import pytest
 from keepstill.__main__ import main
 from keepstill.config_files import load_config
 from keepstill.preflight import study_needs
-from keepstill.study import read_study
+from keepstill.stage import hold_stage_dir
+from keepstill.study import read_study, sweep_study
 from runs import ball_run, write_run
 from studies import TWO_RANKS
 from validator import validate
@@ -269,6 +270,31 @@ def test_what_a_killed_call_left_counts_for_nothing(done: tuple[Place, list[str]
     process = place.call()
     assert process.returncode == 0, process.stderr
     assert (place.output_dir / "manifests" / f"{FIRST}.json").is_file()
+
+
+def test_what_another_call_has_staged_is_left_to_it(done: tuple[Place, list[str]]) -> None:
+    """Two calls from two directories shared a run's folder: one wrote zeros under the other's
+    hands, which that one then compressed and called complete. So did the ranks that a killed call
+    leaves behind.
+    """
+    place, _ = done
+    entries = [f"bids_dir={place.bids_dir}", f"output_dir={place.output_dir}"]
+    entries.append(f"stage_root={place.stage_root}")
+    study = read_study(*load_config([], entries, CLONE), CLONE)
+    study.stage_root.mkdir(mode=0o700)
+    with hold_stage_dir(study.stage_dir):
+        (study.stage_dir / FIRST).mkdir()
+        others = [study.stage_dir / FIRST / name for name in ("staged.json", "bold.nii")]
+        for path in others:
+            path.write_text("another's")
+        manifest = place.output_dir / "manifests" / f"{FIRST}.json"
+        before = manifest.read_bytes()
+        manifest.unlink()
+        process = place.call()
+        assert process.returncode == 0, process.stderr
+        assert manifest.read_bytes() == before
+        assert [path.read_text() for path in others] == ["another's"] * 2
+    sweep_study(study)
 
 
 def test_a_killed_call_is_unlocked_without_cores(done: tuple[Place, list[str]]) -> None:

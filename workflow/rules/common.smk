@@ -11,8 +11,7 @@ from keepstill.itk_bridge import require_itk
 from keepstill.lanes import launch_command
 from keepstill.manifest import manifest_path
 from keepstill.preflight import preflight
-from keepstill.stage import sweep_stage_root
-from keepstill.study import Plan, clear_stage, hold_stage, plan_study, read_study
+from keepstill.study import Plan, begin_call, clear_stage, hold_stage, plan_study, read_study
 
 STARTED_S = time.time()
 HELD = []  # the lock that says that this study's stage directory is in use
@@ -29,8 +28,7 @@ def read_plan():
     if not workflow.is_main_process:
         return Plan((), (), False)
     or_refuse(refuse_templates, map(Path, workflow.configfiles))
-    # Before Snakemake looks which files there are: it would count on what a killed call has staged.
-    sweep_stage_root(STUDY.stage_root)
+    begin_call(STUDY)
     plan = plan_study(STUDY)
     if plan.runs and STUDY.settings.uses_itk and not workflow.deployment_settings.deployment_method:
         or_refuse(require_itk)  # conda would bring it with the rule

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,6 +61,8 @@ KILLED_PREFIX = "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: "  # MPICH's 
 MAX_FAILURES_SHOWN = 50
 # Where Slurm, PBS, LSF and Grid Engine tell a job its number.
 _JOB_NUMBERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+# Where the workflow tells the processes that it starts which call they are of.
+_CALL_NUMBER = "KEEPSTILL_CALL"
 
 
 class Plan(NamedTuple):
@@ -139,13 +142,14 @@ class Study:
     def stage_dir(self) -> Path:
         """Folder of this study in the stage root.
 
-        Its name is a hash of what must agree for a staged run to be of use again, so what a
-        killed study left behind is never taken for the work of another. A cluster job has a
-        folder of its own: that of a call that was killed may still be at work on the same node.
+        Every call has one of its own, and so has every cluster job: another call may be at work
+        on the same runs, or what is left of one that was killed, and would write over what this
+        one has staged.
         """
         job = next((os.environ[name] for name in _JOB_NUMBERS if name in os.environ), None)
         settings = portable_settings(self.settings)
-        identity = [job, str(self.output_dir), settings, engine_sha256()]
+        call = os.environ.get(_CALL_NUMBER)
+        identity = [job, call, str(self.output_dir), settings, engine_sha256()]
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return self.stage_root / name[:12]
 
@@ -426,6 +430,15 @@ def _known_runs(bids_dir: Path, filters: Filters, runs: list[Run], scope: str) -
     if scope == RUN or all(labels is None for labels in others):
         return runs
     return index_runs(bids_dir, {name: filters[name] for name in whole}).runs
+
+
+def begin_call(study: Study) -> None:
+    """Sweep away what killed calls have staged, and number this one; what it starts inherits that.
+
+    To be called before `Study.stage_dir` is asked for.
+    """
+    sweep_stage_root(study.stage_root)
+    os.environ[_CALL_NUMBER] = uuid.uuid4().hex
 
 
 def plan_study(study: Study) -> Plan:

@@ -1,5 +1,6 @@
 """What a run asks of a scheduler: from its header, enough, and more when it is tried again."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def test_memory_holds_what_is_staged_and_every_rank(made: Study, tmp_path: Path)
     int16, float32, n_voxels = 2, 4, 3e9
     long_bytes = (int16 + float32) * n_voxels
     assert long_bytes < 1e6 * run_request(made, LONG, 4).mem_mb < long_bytes + 4e9
+
+
+@pytest.mark.parametrize("itk", [{"engine": "itk"}, {"check": "itk"}])
+def test_ranks_with_itk_ask_for_what_it_takes(made: Study, itk: dict[str, str]) -> None:
+    """A rank had 283 MB of its own at 64 x 64 x 36 voxels, and was given 172."""
+    with_itk = dataclasses.replace(made, settings=dataclasses.replace(made.settings, **itk))
+    more_mb = [
+        run_request(with_itk, SMALL, n_ranks).mem_mb - run_request(made, SMALL, n_ranks).mem_mb
+        for n_ranks in (1, 4)
+    ]
+    assert 180 < more_mb[0] < 300 and more_mb[1] == pytest.approx(4 * more_mb[0], abs=4)
 
 
 def test_minutes_follow_volumes_ranks_and_runs(made: Study) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keepstill.errors import InputError
+from keepstill.nifti import Layout
 from keepstill.preflight import CPU_S_PER_RUN, Images, Needs, needs_of, read_layout
+from keepstill.settings import RealignSettings
 from keepstill.study import Study
 
 # Two Snakemakes are in a cluster job, of 131 MB each, more in a study of thousands, and a launcher.
@@ -19,6 +21,8 @@ JOB_BYTES = 600e6
 # Of a rank, beside the run, which all ranks map: 113 MB at 64 x 64 x 36 voxels a volume and 182 at
 # 104 x 104 x 72.
 RANK_BYTES, RANK_BYTES_PER_VOXEL = 150e6, 150.0
+# With ITK besides: 177 MB of its own and 254 there, and 240 MB of libraries that ranks share.
+ITK_RANK_BYTES, ITK_RANK_BYTES_PER_VOXEL = 220e6, 150.0
 # Before the first run of a cluster job and after its last, by Snakemake (docs/cluster.md).
 JOB_OVERHEAD_S = 13.0
 MOST_OVERHEAD = 0.1  # of a job's time
@@ -68,12 +72,18 @@ def reference_request(study: Study, scope: str, n_threads: int) -> Request:
     try:
         layout = read_layout(run.source, run.name, settings.affine_source)
     except InputError:
-        return _request(Needs(cpu_s=CPU_S_PER_RUN), 0, n_threads, 1)
-    return _request(needs_of(run, layout, settings), math.prod(layout.shape[:3]), n_threads, 1)
+        return _request(Needs(cpu_s=CPU_S_PER_RUN), RANK_BYTES, n_threads, 1)
+    return _request(needs_of(run, layout, settings), _rank_bytes(layout, settings), n_threads, 1)
 
 
-def _request(needs: Needs, volume_voxels: int, n_ranks: int, n_runs: int) -> Request:
-    rank_bytes = RANK_BYTES + RANK_BYTES_PER_VOXEL * volume_voxels
+def _rank_bytes(layout: Layout, settings: RealignSettings) -> float:
+    """Memory of one rank, beside the run that all ranks map."""
+    n_voxels = math.prod(layout.shape[:3])
+    own = RANK_BYTES + RANK_BYTES_PER_VOXEL * n_voxels
+    return own + settings.uses_itk * (ITK_RANK_BYTES + ITK_RANK_BYTES_PER_VOXEL * n_voxels)
+
+
+def _request(needs: Needs, rank_bytes: float, n_ranks: int, n_runs: int) -> Request:
     run_bytes = needs.lane_bytes + n_ranks * rank_bytes
     expected_s = RUNTIME_MARGIN * run_s(needs, n_ranks) + START_S / min(n_runs, MOST_SHARES)
     return Request(
@@ -112,14 +122,15 @@ def runs_a_job(study: Study, names: Sequence[str], n_ranks: int) -> int:
     return math.ceil(len(names) / n_jobs)
 
 
-def _needs(study: Study, name: str) -> tuple[Needs, int]:
-    """What a run will take, and voxels of its volumes."""
+def _needs(study: Study, name: str) -> tuple[Needs, float]:
+    """What a run will take, and the memory of each of its ranks, bytes."""
     run = study.runs[name]
     try:
         layout = read_layout(run.source, name, study.settings.affine_source)
     except InputError:
-        return Needs(cpu_s=CPU_S_PER_RUN), 0
+        return Needs(cpu_s=CPU_S_PER_RUN), RANK_BYTES
     image = None
     with contextlib.suppress(InputError):  # stage or realign says what is wrong
         image = Images(study).layout(name)
-    return needs_of(run, layout, study.settings_of(name), image), math.prod(layout.shape[:3])
+    settings = study.settings_of(name)
+    return needs_of(run, layout, settings, image), _rank_bytes(layout, settings)

@@ -434,6 +434,20 @@ def test_the_launcher_is_the_profile_s(
     assert command_of_ranks(fresh.call(*options, *arguments, n_cores=n_cores)) == command
 
 
+def test_more_ranks_than_cores_in_a_profile_are_told(fresh: Place) -> None:
+    """As where `tasks` alone was changed."""
+    told_of = []
+    for arguments in (TWO_RANKS, TWO_RANKS[TWO_RANKS.index("--set-resources") :]):
+        told_of.append([line for line in told(fresh.call("-n", *arguments)) if "warning" in line])
+    assert told_of == [
+        [],
+        [
+            "keepstill: warning: 2 ranks a run (set-resources, realign: tasks) on 1 core "
+            "(set-threads); set-threads of all steps should be 2"
+        ],
+    ]
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

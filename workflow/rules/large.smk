@@ -1,5 +1,5 @@
 # A dry run of 10,000 runs: Snakemake would work out the parameters of 40,001 jobs, and format the
-# command of each three times, to show none of them. That was a third of its processor time (82 to 56 s).
+# command of each three times, to show none of them: a third of its processor time (82 to 56 s).
 from snakemake.dag import DAG
 from snakemake.jobs import Job
 from snakemake.settings.enums import Quietness

@@ -32,3 +32,15 @@ rule realign:
         "--threads-per-rank {params.threads_per_rank} -- "
         "{params.rank_command:q} {params.script:q} --stage-dir {params.stage_dir:q} "
         "--settings {params.settings:q} --ranks {params.ranks}"
+
+
+# A profile in which only one of the two was changed would ask for too little memory on a cluster,
+# and stage more runs on one machine than it works on.
+if workflow.is_main_process and PLAN.runs:
+    asked = rules.realign.rule.resources
+    n_ranks, n_threads = (asked[name].value if name in asked else 1 for name in ("tasks", "_cores"))
+    if isinstance(n_ranks, int) and isinstance(n_threads, int) and n_ranks > n_threads:
+        tell(
+            f"warning: {n_ranks} ranks a run (set-resources, realign: tasks) on "
+            f"{counted(n_threads, 'core')} (set-threads); set-threads of all steps should be {n_ranks}"
+        )

@@ -1,6 +1,7 @@
 """The output contract: files, headers, sidecars, one master matrix."""
 
 import json
+import threading
 
 import nibabel as nib
 import numpy as np
@@ -9,7 +10,7 @@ from nitransforms.linear import load as load_transform
 
 import naive
 import runs
-from keepstill import files, phantom
+from keepstill import collect, files, phantom
 from keepstill.__main__ import main
 from keepstill.errors import OutputError
 from keepstill.write import itk_transforms
@@ -391,3 +392,36 @@ def test_somebody_else_s_data_set_is_not_written_into(tmp_path):
         files.refuse_foreign_data_set(tmp_path, "output_dir")
     (tmp_path / "dataset_description.json").write_text('{"GeneratedBy": [{"Name": "keepstill"}]}')
     files.refuse_foreign_data_set(tmp_path, "output_dir")
+
+
+def test_a_run_is_written_by_one_call_at_a_time(tmp_path):
+    """Its parts were removed under the hands of another call, and those of a run whose name goes
+    on after its own (run-2) with them.
+    """
+    run, folder, done = "sub-01_task-rest", tmp_path / "sub-01" / "func", []
+    path, lock = folder / f"{run}_desc-hmc_bold.nii.gz", tmp_path / "logs/identity" / f".{run}.lock"
+    own = folder / f".{path.name}.123.part"
+    other = folder / f".{run}_run-2_desc-hmc_bold.nii.gz.123.part"
+    folder.mkdir(parents=True)
+    own.touch()
+    other.touch()
+
+    def write():
+        with collect.writing(run, tmp_path, {path}):
+            done.append((own.exists(), other.exists()))
+
+    writer = threading.Thread(target=write)
+    with files.alone(lock):
+        writer.start()
+        writer.join(0.5)
+        assert writer.is_alive() and own.exists()
+    writer.join()
+    assert done == [(False, True)] and not lock.exists()
+
+
+def test_a_lock_that_a_killed_call_left_keeps_nobody_waiting(tmp_path):
+    lock = tmp_path / "lock"
+    lock.touch()
+    with files.alone(lock):
+        assert lock.exists()
+    assert not lock.exists()

@@ -1,8 +1,7 @@
 """Collecting a realigned run: from the stage root to the output directory, manifest last."""
 
 import contextlib
-import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +19,7 @@ from keepstill.confounds import (
     make_confounds,
 )
 from keepstill.errors import OutputError, counted
-from keepstill.files import put_file, put_text
+from keepstill.files import alone, put_file, put_text
 from keepstill.manifest import (
     Manifest,
     describe_outputs,
@@ -85,8 +84,8 @@ def collect_run(
     result = open_result(stage_dir, settings)
     folder = result.run.found["folder"]
     _refuse_own_input(result, output_dir, output_dir / PurePosixPath(folder))
-    with as_output_error(result.run.run, output_dir):
-        remove_parts(output_dir / PurePosixPath(folder), result.run.run)
+    paths_of_run = _possible_paths(result, output_dir / PurePosixPath(folder))
+    with writing(result.run.run, output_dir, paths_of_run):
         if folder:
             describe_dataset(output_dir, result.run.found["bids_dir"])
         findings = _find(result)
@@ -98,7 +97,7 @@ def collect_run(
                 paths.append(path)
             _complete(result, output_dir, describe_outputs(output_dir, paths), summary)
         except BaseException:
-            outdated |= _possible_paths(result, output_dir / PurePosixPath(folder))
+            outdated |= paths_of_run
             paths.clear()  # half of a run's files would pass for the run
             raise
         finally:
@@ -128,12 +127,6 @@ def _refuse_own_input(result: Realigned, output_dir: Path, folder: Path) -> None
                 f"{result.run.run}: {path.name} in {output_dir} is the input itself and would be "
                 "written over; choose another output folder"
             )
-
-
-def remove_parts(folder: Path, run: str) -> None:
-    """Remove what a killed call was writing; a run is collected by one call at a time."""
-    for part in folder.glob(f".{glob.escape(run)}_*.part"):
-        part.unlink(missing_ok=True)
 
 
 def _complete(
@@ -169,6 +162,21 @@ def as_output_error(run: str, output_dir: Path) -> Iterator[None]:
             f"{run}: cannot write below {output_dir} ({error.strerror or error}); "
             "free space there or choose another output_dir"
         ) from error
+
+
+@contextlib.contextmanager
+def writing(run: str, output_dir: Path, paths: Set[Path]) -> Iterator[None]:
+    """Alone in writing a run's outputs, of which a killed call has left no parts.
+
+    Two calls may be at work on one run; else the first to fail would remove what the other wrote.
+    """
+    lock = output_dir / "logs" / "identity" / f".{run}.lock"
+    with as_output_error(run, output_dir), alone(lock):
+        for folder in {path.parent for path in paths}:
+            for part in folder.glob(".*.part"):  # as `put_file` names them
+                if folder / part.name[1:].rsplit(".", 2)[0] in paths:
+                    part.unlink(missing_ok=True)
+        yield
 
 
 def describe_dataset(output_dir: Path, bids_dir: str | None) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from keepstill import __version__, write
 from keepstill.apply import Wanted, Work, prepare_work, resliced_volumes
 from keepstill.bids import Origin, sidecar_beside
-from keepstill.collect import as_output_error, describe_dataset, remove_parts
+from keepstill.collect import describe_dataset, writing
 from keepstill.errors import InputError, counted
 from keepstill.manifest import (
     Manifest,
@@ -118,12 +118,17 @@ def reslice_echo(
         )
     folder = output_dir / PurePosixPath(run.found["folder"])
     work = _prepared(run, folder, leader, settings)
-    with as_output_error(run.run, output_dir):
-        remove_parts(folder, run.run)
+    with writing(run.run, output_dir, _paths(work, folder)):
         if run.found["folder"]:
             describe_dataset(output_dir, run.found["bids_dir"])
         _write_all(work, output_dir, (leader, led_by["key"]), n_threads)
     return run.n_volumes
+
+
+def _paths(work: Work, folder: Path) -> set[Path]:
+    """An echo's outputs and their sidecars."""
+    made = [folder / output_name(work.run.run, output, work.settings) for output in _OUTPUTS]
+    return {path for one in made for path in (one, sidecar_beside(one))}
 
 
 def _write_all(work: Work, output_dir: Path, leader: tuple[str, str], n_threads: int) -> None:
@@ -132,7 +137,7 @@ def _write_all(work: Work, output_dir: Path, leader: tuple[str, str], n_threads:
     folder = output_dir / PurePosixPath(work.run.found["folder"])
     bold, tsnr = (folder / output_name(work.run.run, output, work.settings) for output in _OUTPUTS)
     outdated = withdraw_manifest(output_dir, work.run.run, is_echo=True)
-    written = {path for made in (bold, tsnr) for path in (made, sidecar_beside(made))}
+    written = _paths(work, folder)
     try:
         moments = _write(work, bold, _compared(work, folder, name), n_threads)
         write.put_json(sidecar_beside(bold), _sidecar(work, name, folder, output_dir))

@@ -1,10 +1,12 @@
 """Files written whole or not at all."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from keepstill.errors import OutputError
@@ -29,6 +31,28 @@ def put_file(path: Path, parts: Iterable[bytes]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same file, which is gone afterwards.
+
+    What a killed process leaves keeps nobody waiting. On a disk without locks nobody waits.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("w"))
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Who held it before has removed it, and a third may have made another.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def claim_output_dir(output_dir: Path, what: str) -> None:

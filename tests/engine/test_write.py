@@ -136,3 +136,18 @@ def test_nifti_reads_back(tmp_path):
     array = itk.array_from_image(itk.imread(str(tmp_path / "a.nii.gz"), itk.F))
     np.testing.assert_array_equal(array, volumes)
     assert io.BytesIO((tmp_path / "a.nii.gz").read_bytes()).read(2) == b"\x1f\x8b"
+
+
+def test_two_that_write_one_file_at_once(tmp_path):
+    """As on two nodes, where two processes may have the same number: the later one counts."""
+    target = tmp_path / "dataset_description.json"
+
+    def slow():
+        yield b"first"
+        put_file(target, [b"meanwhile"])
+        assert target.read_bytes() == b"meanwhile"
+        yield b" and whole"
+
+    put_file(target, slow())
+    assert target.read_bytes() == b"first and whole"
+    assert list(tmp_path.iterdir()) == [target]

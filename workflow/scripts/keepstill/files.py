@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,12 +16,12 @@ _LOG_BYTES = 1 << 16  # more than any job's log
 
 
 def put_file(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file under a temporary name of this process's own, sync it, rename it.
+    """Write a file under a temporary name of its own, sync it, rename it.
 
     Its folder is made if need be. On an error nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part_of(path)
     try:
         with part.open("wb") as file:
             for content in parts:
@@ -107,6 +108,11 @@ def refuse_foreign_data_set(output_dir: Path, what: str) -> None:
         )
 
 
+def _part_of(path: Path) -> Path:
+    """A name for what is not whole yet; process numbers agree on two nodes, and in containers."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+
+
 def put_text(path: Path, text: str) -> None:
     """`put_file` of a text, as UTF-8."""
     put_file(path, [text.encode()])
@@ -114,7 +120,7 @@ def put_text(path: Path, text: str) -> None:
 
 def put_private(path: Path, content: bytes) -> None:
     """Write a file that its user alone may read, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part_of(path)
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(content)

@@ -100,4 +100,12 @@ def test_jobs_are_even(made: Study) -> None:
 
 def test_a_run_that_cannot_be_read_asks_for_little(made: Study) -> None:
     made.runs[SMALL].source.write_bytes(b"no image")
-    assert run_request(made, SMALL, 1).mem_mb == math.ceil((JOB_BYTES + RANK_BYTES) / 1e6)
+    assert run_request(made, SMALL, 1).mem_mb == math.ceil((JOB_BYTES + RANK_BYTES) / 1e6 + 0.06)
+
+
+def test_snakemake_knows_all_runs_of_the_study(made: Study) -> None:
+    """Twice in a job; 149 MB each for 10,000, which 600 MB for all of them would not hold."""
+    many = {f"{SMALL}_run-{number}": made.runs[SMALL] for number in range(10_000)}
+    large = dataclasses.replace(made, runs=made.runs | many)
+    more_mb = run_request(large, SMALL, 1).mem_mb - run_request(made, SMALL, 1).mem_mb
+    assert 290 < more_mb < 400

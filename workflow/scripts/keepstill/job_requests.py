@@ -16,8 +16,9 @@ from keepstill.preflight import CPU_S_PER_RUN, Images, Needs, needs_of, read_lay
 from keepstill.settings import RealignSettings
 from keepstill.study import Study
 
-# Two Snakemakes are in a cluster job, of 131 MB each, more in a study of thousands, and a launcher.
-JOB_BYTES = 600e6
+# Two Snakemakes are in a cluster job, of 131 MB each, and a launcher. Both know all runs of the
+# study: 10,000 took 149 MB more of each.
+JOB_BYTES, JOB_BYTES_PER_RUN = 600e6, 30e3
 # Of a rank, beside the run, which all ranks map: 113 MB at 64 x 64 x 36 voxels a volume and 182 at
 # 104 x 104 x 72.
 RANK_BYTES, RANK_BYTES_PER_VOXEL = 150e6, 150.0
@@ -63,7 +64,7 @@ def run_request(study: Study, name: str, n_ranks: int, n_runs: int = 1) -> Reque
     n_runs : int
         That follow one another in the job.
     """
-    return _request(*_needs(study, name), n_ranks, n_runs)
+    return _request(study, _needs(study, name), n_ranks, n_runs)
 
 
 def reference_request(study: Study, scope: str, n_threads: int) -> Request:
@@ -72,8 +73,9 @@ def reference_request(study: Study, scope: str, n_threads: int) -> Request:
     try:
         layout = read_layout(run.source, run.name, settings.affine_source)
     except InputError:
-        return _request(Needs(cpu_s=CPU_S_PER_RUN), RANK_BYTES, n_threads, 1)
-    return _request(needs_of(run, layout, settings), _rank_bytes(layout, settings), n_threads, 1)
+        return _request(study, (Needs(cpu_s=CPU_S_PER_RUN), RANK_BYTES), n_threads, 1)
+    needs = needs_of(run, layout, settings), _rank_bytes(layout, settings)
+    return _request(study, needs, n_threads, 1)
 
 
 def _rank_bytes(layout: Layout, settings: RealignSettings) -> float:
@@ -83,11 +85,13 @@ def _rank_bytes(layout: Layout, settings: RealignSettings) -> float:
     return own + settings.uses_itk * (ITK_RANK_BYTES + ITK_RANK_BYTES_PER_VOXEL * n_voxels)
 
 
-def _request(needs: Needs, rank_bytes: float, n_ranks: int, n_runs: int) -> Request:
+def _request(study: Study, needed: tuple[Needs, float], n_ranks: int, n_runs: int) -> Request:
+    needs, rank_bytes = needed
+    job_bytes = JOB_BYTES + JOB_BYTES_PER_RUN * len(study.runs)
     run_bytes = needs.lane_bytes + n_ranks * rank_bytes
     expected_s = RUNTIME_MARGIN * run_s(needs, n_ranks) + START_S / min(n_runs, MOST_SHARES)
     return Request(
-        mem_mb=math.ceil((JOB_BYTES + run_bytes) / MB),
+        mem_mb=math.ceil((job_bytes + run_bytes) / MB),
         runtime_min=math.ceil(expected_s / S_PER_MIN),
     )
 

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -153,6 +154,17 @@ def at_work(node: Node, run: str) -> list[Path]:
     return list(node.shm.glob(f"keepstill-*/*/{run}/staged.json"))
 
 
+def stop(folder: str) -> list[int]:
+    """Numbers of the processes that are at work in a stage directory, which wait from now on."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if folder.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+                os.kill(found[-1], signal.SIGSTOP)
+    return found
+
+
 @pytest.fixture(scope="module")
 def local(study: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Results of the study from this machine without Slurm."""
@@ -263,10 +275,18 @@ def test_what_ends_a_job_leaves_nothing(
 
     killed = place.on_slurm(config=[only], realign=one_core)
     wait(lambda: at_work(node, REAL), "a run to be staged", PATIENCE_S)
+    (staged,) = at_work(node, REAL)
+    held: list[int] = []  # lest it be done before the next call looks
+    wait(lambda: held.extend(stop(staged.parts[-3])) or held, "the job to be stopped")
     killed.kill()
     killed.communicate()
     again = place.on_slurm("--nolock", config=[only], realign=one_core)
-    wait(lambda: len(node.jobs()) == 2, "the second call's job", PATIENCE_S)
+    try:
+        wait(lambda: len(node.jobs()) == 2, "the second call's job", PATIENCE_S)
+    finally:
+        for pid in held:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
     finish(again)
     states = [job["JobState"] for job in jobs_of(node, before)]
     assert states == ["CANCELLED", "COMPLETED", "COMPLETED"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from keepstill import __version__
 from keepstill.errors import KeepstillError, LaunchError, OutputError, SettingsError, counted
@@ -51,6 +51,14 @@ class Command(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that says on one line what is wrong with the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it, and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parse and go; exits with 0, or 2 after one line on what the user can mend."""
     signal.signal(signal.SIGTERM, _end)  # so that what is staged goes
@@ -72,7 +80,7 @@ def _end(number: int, frame: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="keepstill", description="Realign fMRI runs.")
+    parser = Parser(prog="keepstill", description="Realign fMRI runs.")
     parser.add_argument("--version", action="version", version=f"keepstill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -293,7 +301,7 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
         ("--dropped-slices", int, 0, "N", "slices that lose signal in one volume of twenty"),
         ("--first-brighter", float, 0.0, part, "excess of the first volume"),
         ("--ghost", float, 0.0, part, "part of the image seen again half a field away"),
-        ("--threads", int, None, "N", "None: as many as its affinity mask"),
+        ("--threads", _count, None, "N", "None: as many as its affinity mask"),
     ):  # fmt: skip
         parser.add_argument(name, type=kind, default=default, metavar=metavar, help=about)
     for name, kind, three, about in (
@@ -634,7 +642,7 @@ def _simulate(args: argparse.Namespace) -> int:
     n = plan.n_written
     with VolumeProgress(f"{args.out}", n, is_shown=True) as progress:
         simulate_study(args.out, plan, n_threads, progress.count)
-    print(f"{n} volumes of {plan.subjects} subjects in {args.out}")
+    print(f"{n} volumes of {counted(plan.subjects, 'subject')} in {args.out}")
     return 0
 
 

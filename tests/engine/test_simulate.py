@@ -188,6 +188,15 @@ def test_what_cannot_be_simulated(options, words, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interrupted_call_ends_in_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_module, "simulate_study", interrupted)
+    assert simulate(tmp_path / "out") == 130
+    assert capsys.readouterr().err == "keepstill: interrupted\n"
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, OSError(28, "no space")])
 def test_nothing_is_left_of_a_study_that_is_stopped(is_there, stop, tmp_path, monkeypatch):

@@ -72,6 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
         status = 2
     except BrokenPipeError:  # the reader has seen enough; nothing more can be said
         os._exit(1)
+    except KeyboardInterrupt:
+        print("keepstill: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
     sys.exit(status)
 
 

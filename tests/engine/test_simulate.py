@@ -169,6 +169,7 @@ def test_motion_from_a_file(tmp_path):
         (["--shape", 3, 3], "--shape: 2 numbers found; needs one or three"),
         (["--shape", 2], "shape: 2 found; needs 4 to"),
         (["--voxel-mm", 0], "voxel-mm: 0 found"),
+        (["--voxel-mm", 0.7], "point spread in mm: 0.56 found; needs 0.6 to 80"),
         (["--shading", 1.5], "shading: 1.5 found"),
         (["--dropped-slices", 17], "dropped-slices: 17 found; needs 0 to 16"),
         (["--motion", "nowhere.txt"], "nowhere.txt: cannot be read"),

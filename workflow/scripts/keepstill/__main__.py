@@ -339,7 +339,11 @@ def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cores", type=_count, metavar="N", help="default: the profile's, or all")
     parser.add_argument(
-        "--volumes", type=_count, metavar="N", help="of each run (default: 30; with --tune 120)"
+        "--volumes",
+        type=_count,
+        metavar="N",
+        help="of each run (default: 30, for which the limits are; with few the error is larger, "
+        "and may fail; with --tune 120)",
     )
     parser.add_argument(
         "--tune",

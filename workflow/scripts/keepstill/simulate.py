@@ -28,6 +28,8 @@ _SESSION_SHIFT_MM, _SESSION_TURN_DEG = 4.0, 3.0
 # Standard deviation of what a head moves by between its SBRef and volume 0, mm and degrees.
 _SBREF_JITTER = 0.3
 _MOST_ECHOES = 20
+# The head is drawn on a grid as fine as its blur: here in 20 GB of memory, by the cube of 1 / this.
+_SHARPEST_MM = 0.6
 
 README = """\
 # A simulated study
@@ -111,6 +113,7 @@ class StudyPlan:
             ("tr-s", self.tr_s, 0.05, 60),
             ("point-spread-voxels", min(self.point_spread_voxels), 0.4, 4),
             ("point-spread-voxels", max(self.point_spread_voxels), 0.4, 4),
+            ("point spread in mm", min(self._point_spread_mm()), _SHARPEST_MM, 80),
             ("tsnr", effects.tsnr, 1, 1e6),
             ("activation-percent", effects.activation_percent, 0, 50),
             ("shading", effects.shading, 0, 1),
@@ -124,6 +127,10 @@ class StudyPlan:
         if list(self.echo_times_ms) != sorted(set(self.echo_times_ms)):
             shown = ", ".join(f"{echo_ms:g}" for echo_ms in self.echo_times_ms)
             raise SettingsError(f"echo-times-ms: {shown} found; needs each longer than the last")
+
+    def _point_spread_mm(self) -> list[float]:
+        sizes = zip(self.point_spread_voxels, self.voxel_mm, strict=True)
+        return [round(spread * voxel, 9) for spread, voxel in sizes]
 
     @property
     def n_volumes(self) -> int:

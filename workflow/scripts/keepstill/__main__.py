@@ -452,6 +452,7 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     from keepstill.itk_bridge import require_itk
     from keepstill.multi_echo import runs_of_files
     from keepstill.ranks import (
+        cores_of_all,
         n_threads_of,
         on_first,
         realign_staged,
@@ -478,7 +479,8 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
         label = run if world.size == 1 else f"{run} (one of {world.size} ranks)"
         with VolumeProgress(label, n_mine, is_shown=world.rank == 0) as progress:
             realign_staged(stage_dir, settings, world, Crew(n_threads, progress.count))
-        summary = on_first(world, lambda: collect_run(stage_dir, args.out, settings, n_threads))
+        with cores_of_all(world, n_threads) as n_all:
+            summary = on_first(world, lambda: collect_run(stage_dir, args.out, settings, n_all))
         if settings.reslice:
             work = _echo_work(args, stage_dir, settings, n_threads)
             mine = echoes[world.rank :: world.size]

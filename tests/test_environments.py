@@ -20,7 +20,6 @@ APART = ("openmpi", "peers")
 # Names that conda-forge and bioconda give to packages of the pip lists.
 PIP_FROM_CONDA = {
     "matplotlib-base": "matplotlib",
-    "python-isal": "isal",
     "snakemake-minimal": "snakemake",
 }
 HASHED_REQUIREMENT = re.compile(r"^[a-z0-9.-]+==\S+( ; .+?)?( --hash=sha256:[0-9a-f]{64})+$")

@@ -110,6 +110,18 @@ def test_beyond_the_range_is_the_limit():
         assert np.iinfo(dtype).max - 1023 <= found <= np.iinfo(dtype).max
 
 
+@pytest.mark.parametrize("size", [1e12, 1e19, 1e60, 1e100])
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+def test_a_huge_blob_is_the_same_everywhere(size, dtype):
+    """One far wider than the grid, alone and as far away; and a grid that is all one point."""
+    at = [[0.0, 0.0, 0.0], [0.0, -size, 0.0]]
+    expected = 90 + 100 * np.exp(-1)
+    found = density((2, 3, 4), at, size, [90.0, 100.0], dtype=dtype)
+    np.testing.assert_allclose(found, dtype(expected), rtol=1e-6)
+    found = density((2, 3, 4), at[:1], 1.0, 90.0, spacing=1 / size, dtype=dtype)
+    np.testing.assert_allclose(found, 90, rtol=1e-6)
+
+
 @pytest.mark.parametrize("n_threads", [2, 3, 50])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
 def test_threads_do_not_matter(n_threads, dtype):
@@ -122,6 +134,7 @@ def test_threads_do_not_matter(n_threads, dtype):
 
 def test_no_blobs_and_blobs_outside():
     assert not density((2, 3, 4), np.zeros((0, 3)), [], []).any()
+    assert not density((2, 3, 4), [], [], []).any()
     assert not density((2, 3, 4), [[500, 0, 0]], 3.0, 9.0).any()
     assert not density((2, 3, 4), [[0, 0, 0]], 3.0, 0.0, dtype=np.int16, rounding="blob").any()
 
@@ -143,6 +156,14 @@ def test_no_blobs_and_blobs_outside():
         ({"shape": (3, 3)}, r"shape: \(3, 3\) found"),
         ({"shape": (3, 3, 0)}, r"shape"),
         ({"shape": (3, 3, 2.5)}, r"shape"),
+        ({"shape": 3}, r"shape: 3 found"),
+        ({"shape": (3, 3, np.nan)}, r"shape"),
+        ({"centres": [[0, 0, 0], [0, 0]]}, r"centres: not an array of numbers"),
+        ({"spreads": [1.0, 1e-200]}, r"spreads: 1e-200 found for blob 1"),
+        ({"spreads": [1.0, 1e200]}, r"spreads: 1e\+200 found; needs numbers of at most 1e\+100"),
+        ({"spacing": 1e-300}, r"spacing: 1e-300 found"),
+        ({"dtype": ">i2"}, r"dtype: >i2 found; .* native byte order"),
+        ({"dtype": "number"}, r"dtype: 'number' found"),
         ({"dtype": np.float16}, r"dtype: float16 found"),
         ({"dtype": np.complex64}, r"dtype: complex64 found"),
         ({"rounding": "up"}, r"rounding: 'up' found"),

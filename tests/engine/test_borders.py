@@ -12,6 +12,7 @@ import runs
 from inputs import edited, small
 from keepstill import phantom, survey
 from keepstill.__main__ import main
+from keepstill.blobs import density
 from keepstill.errors import InputError
 from keepstill.read import open_staged
 from keepstill.settings import RealignSettings
@@ -233,14 +234,15 @@ def test_dummies_by_number(tmp_path):
 
 def test_one_slice_in_plane(tmp_path):
     size = 48
-    x, y = np.meshgrid(*[np.linspace(-1.5, 1.5, size)] * 2, indexing="ij")
+    rng = np.random.default_rng(1)
+    blobs = rng.normal(0, 0.4, (60, 2)).clip(-0.9, 0.9), 0.25, rng.uniform(100, 400, 60)
     data = np.empty((size, size, 1, 4))
     truth = [(0, 0, 0), (0.05, -0.03, 0.04), (-0.08, 0.06, -0.07), (0.02, 0.09, 0.1)]
     for t, (dx, dy, angle) in enumerate(truth):
-        u = np.cos(angle) * (x - dx) + np.sin(angle) * (y - dy)
-        v = -np.sin(angle) * (x - dx) + np.cos(angle) * (y - dy)
-        texture = 1 + 0.3 * np.sin(7 * u + 1) * np.cos(6 * v)
-        data[:, :, 0, t] = 1000 * texture / (1 + np.exp(12 * (u**2 + 1.3 * v**2 - 1)))
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        centres = np.c_[blobs[0] @ turn.T + (dx, dy), np.zeros(60)]
+        grid = {"spacing": 3 / (size - 1), "origin": (-1.5, -1.5, 0)}
+        data[..., t] = density((size, size, 1), centres, *blobs[1:], **grid)
     affine = phantom.grid_affine((size, size, 1), (3.0, 3.0, 6.0), "RAS", oblique_deg=15)
     source = runs.write_run(tmp_path / "a_bold.nii", data.astype(np.float32), affine)
     with pytest.raises(InputError, match="in_plane: true"):

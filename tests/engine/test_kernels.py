@@ -219,13 +219,14 @@ def test_normal_matrices(sampled):
 def test_normal_matrices_of_parts(sampled):
     """Of all points, and of those that left the field."""
     reference, points, spans = sampled
+    cells, everywhere = reference.cells, np.zeros_like(spans)
     for cut in reference.fine.cuts:
-        parts = (cut.part_of_row, cut.n_parts)
-        everything = naive.outside_normals(points, np.zeros_like(spans), *parts)
-        assert_close(cut.normals, everything, 1e-12)
-        found = sums.outside_normals(points, spans, *parts)
-        assert_close(found, naive.outside_normals(points, spans, *parts), 1e-12)
-        assert_close(found.sum(axis=0), naive.outside_normal(points, spans), 1e-12)
+        parts = (cut.part_of_cell[cells.cell_of_row], len(cut.normals))
+        assert_close(cut.normals, naive.outside_normals(points, everywhere, *parts), 1e-12)
+    parts = (cells.cell_of_row, cells.n_cells)
+    found = sums.outside_normals(points, spans, *parts)
+    assert_close(found, naive.outside_normals(points, spans, *parts), 1e-12)
+    assert_close(found.sum(axis=0), naive.outside_normal(points, spans), 1e-12)
     expected = naive.cross_sums(points.test_jacobian, points.test_jacobian)
     assert_close(reference.fine.test_normal, expected, 1e-12)
 

@@ -139,14 +139,16 @@ def test_a_covariance_and_how_far_parts_disagree(turned):
 def test_noise_alone_makes_parts_disagree_by_noise(turned):
     """White residuals: the mean of what parts show is what single points do, a fit or not."""
     _, _, reference, _ = turned
-    last, rng = reference.last, np.random.default_rng(11)
+    last, cells, rng = reference.last, reference.cells, np.random.default_rng(11)
     normal, into, found = last.normal, np.linalg.inv(last.normal)[:6], [[] for _ in last.cuts]
     for _ in range(300):
         residuals = rng.normal(size=last.points.values.size).astype(np.float32)
-        sums = naive.block_sums(last.points.test_jacobian, residuals, reference.strip_ends)[:, :8]
+        strips = naive.block_sums(last.points.test_jacobian, residuals, cells.strip_ends)[:, :8]
+        sums = naive.sums_of_parts(strips, cells.cell_of_strip, cells.n_cells)
         step = np.linalg.solve(normal, sums.sum(axis=0))
         for cut, scatters in zip(last.cuts, found, strict=True):
-            left = naive.sums_of_parts(sums, cut.part_of_strip, cut.n_parts) - cut.normals @ step
+            of_parts = naive.sums_of_parts(sums, cut.part_of_cell, len(cut.normals))
+            left = of_parts - cut.normals @ step
             scatters.append(left.T @ left)
     for cut, scatters in zip(last.cuts, found, strict=True):
         seen, expected = (into @ m @ into.T for m in (np.mean(scatters, axis=0), cut.spread))
@@ -155,18 +157,20 @@ def test_noise_alone_makes_parts_disagree_by_noise(turned):
 
 
 def test_parts_of_a_head_that_is_cut(turned):
-    """Slabs of y and of z, each of about as many points; no strip lies in two of a cut."""
+    """Slabs of y and of z, each of about as many points; no strip lies in two cells."""
     reference = turned[2]
-    rows, n_points = reference.last.points.rows, reference.last.points.values.size
+    rows, cells = reference.last.points.rows, reference.cells
+    n_points = reference.last.points.values.size
     for cut, axis in zip(reference.last.cuts, (0, 1), strict=True):
-        points = np.bincount(cut.part_of_row, weights=rows[:, 3])
-        assert points.sum() == n_points and points.min() > 0.5 * n_points / cut.n_parts
+        part_of_row = cut.part_of_cell[cells.cell_of_row]
+        points = np.bincount(part_of_row, weights=rows[:, 3])
+        assert points.sum() == n_points and points.min() > 0.5 * n_points / len(cut.normals)
         order = np.argsort(rows[:, axis], kind="stable")
-        assert (np.diff(cut.part_of_row[order]) >= 0).all()
-        part_of_point = np.repeat(cut.part_of_row, rows[:, 3])
-        ends = reference.strip_ends
-        for part, first, end in zip(cut.part_of_strip, ends[:-1], ends[1:], strict=True):
-            assert (part_of_point[first:end] == part).all()
+        assert (np.diff(part_of_row[order]) >= 0).all()
+    cell_of_point, ends = np.repeat(cells.cell_of_row, rows[:, 3]), cells.strip_ends
+    assert ends[0] == 0 and ends[-1] == n_points
+    for cell, first, end in zip(cells.cell_of_strip, ends[:-1], ends[1:], strict=True):
+        assert (cell_of_point[first:end] == cell).all()
 
 
 def test_slices_that_moved_on_their_own_are_seen(turned):

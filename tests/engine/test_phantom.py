@@ -517,6 +517,8 @@ def test_bound_grows_with_noise_and_no_estimate_beats_it(head):
 
 
 def test_ball_moves_with_its_shift():
+    soft = phantom.soft_ball((21, 21, 21))
+    assert soft[10, 10, 10] > 990 and soft[0].max() < 1
     still_ball, moved = phantom.ball((33, 33, 33)), phantom.ball((33, 33, 33), (0.1, 0, 0))
     centre = [
         (ball.sum(axis=(1, 2)) * np.arange(33)).sum() / ball.sum() for ball in (still_ball, moved)

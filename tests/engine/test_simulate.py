@@ -13,7 +13,9 @@ from nitransforms.linear import load as load_transform
 
 import runs
 from keepstill import phantom
+from keepstill import simulate as study_module
 from keepstill.__main__ import main
+from keepstill.errors import OutputError, SettingsError
 
 # Coarse and few, so that most of the time is spent on the heads.
 SMALL = ("--volumes", "5", "--shape", "22", "24", "16", "--voxel-mm", "9.0", "9.0", "8.0")
@@ -160,11 +162,14 @@ def test_motion_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--volumes", 0], "volumes: 0 found; needs 2 to 100000"),
+        (["--threads", -3], "--threads: -3 found; needs 1 or more"),
         (["--subjects", 0], "subjects: 0 found; needs 1 to 9999"),
         (["--tsnr", 0], "tsnr: 0 found"),
         (["--shape", 3, 3], "--shape: 2 numbers found; needs one or three"),
         (["--shape", 2], "shape: 2 found; needs 4 to"),
         (["--voxel-mm", 0], "voxel-mm: 0 found"),
+        (["--voxel-mm", 0.7], "point spread in mm: 0.56 found; needs 0.6 to 80"),
         (["--shading", 1.5], "shading: 1.5 found"),
         (["--dropped-slices", 17], "dropped-slices: 17 found; needs 0 to 16"),
         (["--motion", "nowhere.txt"], "nowhere.txt: cannot be read"),
@@ -182,6 +187,34 @@ def test_what_cannot_be_simulated(options, words, tmp_path, capsys):
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_call_ends_in_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_module, "simulate_study", interrupted)
+    assert simulate(tmp_path / "out") == 130
+    assert capsys.readouterr().err == "keepstill: interrupted\n"
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, OSError(28, "no space")])
+def test_nothing_is_left_of_a_study_that_is_stopped(is_there, stop, tmp_path, monkeypatch):
+    """By Ctrl-C, by a signal, by a full disk; an empty folder that was there stays."""
+    out = tmp_path / "out"
+    if is_there:
+        out.mkdir()
+
+    def write_half(subject, n_threads, on_volume):
+        (out / "sub-01").mkdir()
+        (out / "sub-01" / "half").touch()
+        raise stop
+
+    monkeypatch.setattr(study_module._Subject, "write", write_half)
+    with pytest.raises((KeyboardInterrupt, SystemExit, OutputError)):
+        study_module.simulate_study(out, study_module.StudyPlan())
+    assert list(tmp_path.rglob("*")) == ([out] if is_there else [])
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +281,11 @@ def test_short_table_and_full_folder_are_refused(tmp_path, capsys):
     np.savetxt(tmp_path / "motion.txt", np.zeros((2, 6)))
     assert simulate(tmp_path / "out", "--motion", tmp_path / "motion.txt") == 2
     assert "motion of 2 volumes found; needs 5" in capsys.readouterr().err
+    np.savetxt(tmp_path / "one.txt", np.zeros((1, 6)))
+    with pytest.raises(SettingsError, match=r"one\.txt: motion of 1 volume found; needs 2"):
+        study_module.simulate_study(
+            tmp_path / "out", study_module.StudyPlan(motion=str(tmp_path / "one.txt"))
+        )
     assert simulate(tmp_path) == 2
     assert "not an empty folder" in capsys.readouterr().err
 

@@ -97,7 +97,7 @@ def test_many_small_gzip_members_are_read_but_once(tmp_path, monkeypatch):
 
     class Counting:
         def __init__(self, **kind):
-            self._stream = isal_zlib_decompressobj(**kind)
+            self._stream = decompressobj(**kind)
 
         def __getattr__(self, name):
             value = getattr(self._stream, name)
@@ -105,8 +105,8 @@ def test_many_small_gzip_members_are_read_but_once(tmp_path, monkeypatch):
                 copied.append(len(value))
             return value
 
-    isal_zlib_decompressobj = engine_stage.isal_zlib.decompressobj
-    monkeypatch.setattr(engine_stage.isal_zlib, "decompressobj", Counting)
+    decompressobj = engine_stage.zlib_ng.decompressobj
+    monkeypatch.setattr(engine_stage.zlib_ng, "decompressobj", Counting)
     run = open_staged(stage(source, tmp_path))
     np.testing.assert_array_equal(run.voxels, runs.ball_run().T)
     assert len(copied) > 50_000

@@ -28,6 +28,24 @@ def test_gzip_member_is_one_and_the_same_for_any_threads(parts):
     assert one[4:8] == bytes(4) and not one[3]  # no time, no name
 
 
+@pytest.mark.parametrize("size", [0, 1, 257, 70_000, 300_000])
+@pytest.mark.parametrize("kind", ["noise", "series", "runs", "one value"])
+def test_compressed_as_by_zlib(kind, size):
+    """Byte for byte: what zlib-ng makes of it is no matter of the processor that it runs on."""
+    rng = np.random.default_rng(size)
+    part = {
+        "noise": rng.bytes(size),
+        "series": (1000 + rng.normal(size=size // 2) * 20).astype("<i2").tobytes(),
+        "runs": np.repeat(rng.integers(0, 9, size), rng.integers(1, 400, size))[:size],
+        "one value": bytes(size),
+    }[kind]
+    stream = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
+    part = bytes(part.astype(np.uint8)) if kind == "runs" else part
+    expected = stream.compress(part) + stream.flush(zlib.Z_FULL_FLUSH)
+    found = b"".join(write.gzip_member([part], 1))
+    assert found[10:-10] == expected and found[-8:-4] == zlib.crc32(part).to_bytes(4, "little")
+
+
 def test_failed_write_leaves_nothing(tmp_path):
     target = tmp_path / "there" / "file"
     put_file(target, [b"old"])

@@ -41,6 +41,33 @@ def test_every_volume_has_one_rank(n, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+BOUND_APART = """
+import os
+from keepstill import ranks
+world = ranks.World()
+os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[world.rank]})
+own = os.sched_getaffinity(0)
+with ranks.cores_of_all(world, 1) as n_threads:
+    seen = len(own), n_threads, len(os.sched_getaffinity(0))
+told = world.gather((*seen, os.sched_getaffinity(0) == own))
+if world.rank == 0:
+    print(told)
+"""
+
+
+def test_rank_0_has_all_cores_while_the_others_rest():
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two cores are needed for two bound ranks")
+    done = subprocess.run(
+        [MPIRUN, "-n", "2", sys.executable, "-c", BOUND_APART],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": SCRIPTS},
+        check=True,
+    )
+    assert done.stdout.strip() == "[(1, 2, 2, True), (1, 2, 1, True)]"
+
+
 @pytest.mark.parametrize("reference", ["first", "mean", "median", "lowest-motion"])
 def test_same_bytes_for_any_ranks_and_threads(reference, tmp_path):
     """Of a run that is long enough for a model, with a volume of which slices were lost."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from keepstill import __version__
 from keepstill.errors import KeepstillError, LaunchError, OutputError, SettingsError, counted
@@ -51,6 +51,14 @@ class Command(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that says on one line what is wrong with the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it, and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parse and go; exits with 0, or 2 after one line on what the user can mend."""
     signal.signal(signal.SIGTERM, _end)  # so that what is staged goes
@@ -64,6 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
         status = 2
     except BrokenPipeError:  # the reader has seen enough; nothing more can be said
         os._exit(1)
+    except KeyboardInterrupt:
+        print("keepstill: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
     sys.exit(status)
 
 
@@ -72,7 +83,7 @@ def _end(number: int, frame: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="keepstill", description="Realign fMRI runs.")
+    parser = Parser(prog="keepstill", description="Realign fMRI runs.")
     parser.add_argument("--version", action="version", version=f"keepstill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -293,7 +304,7 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
         ("--dropped-slices", int, 0, "N", "slices that lose signal in one volume of twenty"),
         ("--first-brighter", float, 0.0, part, "excess of the first volume"),
         ("--ghost", float, 0.0, part, "part of the image seen again half a field away"),
-        ("--threads", int, None, "N", "None: as many as its affinity mask"),
+        ("--threads", _count, None, "N", "None: as many as its affinity mask"),
     ):  # fmt: skip
         parser.add_argument(name, type=kind, default=default, metavar=metavar, help=about)
     for name, kind, three, about in (
@@ -328,7 +339,11 @@ def _add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cores", type=_count, metavar="N", help="default: the profile's, or all")
     parser.add_argument(
-        "--volumes", type=_count, metavar="N", help="of each run (default: 30; with --tune 120)"
+        "--volumes",
+        type=_count,
+        metavar="N",
+        help="of each run (default: 30, for which the limits are; with few the error is larger, "
+        "and may fail; with --tune 120)",
     )
     parser.add_argument(
         "--tune",
@@ -437,6 +452,7 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     from keepstill.itk_bridge import require_itk
     from keepstill.multi_echo import runs_of_files
     from keepstill.ranks import (
+        cores_of_all,
         n_threads_of,
         on_first,
         realign_staged,
@@ -463,7 +479,8 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
         label = run if world.size == 1 else f"{run} (one of {world.size} ranks)"
         with VolumeProgress(label, n_mine, is_shown=world.rank == 0) as progress:
             realign_staged(stage_dir, settings, world, Crew(n_threads, progress.count))
-        summary = on_first(world, lambda: collect_run(stage_dir, args.out, settings, n_threads))
+        with cores_of_all(world, n_threads) as n_all:
+            summary = on_first(world, lambda: collect_run(stage_dir, args.out, settings, n_all))
         if settings.reslice:
             work = _echo_work(args, stage_dir, settings, n_threads)
             mine = echoes[world.rank :: world.size]
@@ -634,7 +651,7 @@ def _simulate(args: argparse.Namespace) -> int:
     n = plan.n_written
     with VolumeProgress(f"{args.out}", n, is_shown=True) as progress:
         simulate_study(args.out, plan, n_threads, progress.count)
-    print(f"{n} volumes of {plan.subjects} subjects in {args.out}")
+    print(f"{n} volumes of {counted(plan.subjects, 'subject')} in {args.out}")
     return 0
 
 

@@ -22,6 +22,9 @@ from keepstill.kernels.blobs import (
 _TAIL = float(np.finfo(np.float32).eps)
 # Room for the rounding of a distance, so that a value of exactly the cut-off is still inside.
 _REACH_MARGIN = 1.0 + 1e-9
+# Numbers larger than this, and widths smaller than its inverse, have no squares.
+_LARGEST = 1e100
+_DTYPES = "needs float32, float64 or whole numbers, in native byte order"
 
 
 def density(  # noqa: PLR0913, keywords with defaults
@@ -44,7 +47,7 @@ def density(  # noqa: PLR0913, keywords with defaults
     ----------
     shape : (nx, ny, nz)
     centres : (n, 3)
-        x, y, z of each blob, in the units of `spacing`.
+        x, y, z of each blob, in the units of `spacing`; [] for none.
     spreads : (n,) or one number
         In the units of `spacing`; more than 0.
     brights : (n,) or one number
@@ -54,7 +57,7 @@ def density(  # noqa: PLR0913, keywords with defaults
     origin : one number or (3,)
         Position of grid point (0, 0, 0).
     dtype : dtype
-        float32, float64 or a whole-number type.
+        float32, float64 or a whole-number type, in this machine's byte order.
     rounding : str
         For whole-number types. ``sum`` truncates the sum once, ``blob`` truncates each blob
         before it is added, as a sum of whole-number images does. Both truncate towards zero.
@@ -68,13 +71,15 @@ def density(  # noqa: PLR0913, keywords with defaults
     Raises
     ------
     SettingsError
-        For a shape, number or dtype that no density can have.
+        For a shape, number or dtype that no density can have; for numbers beyond 1e100, and
+        spreads and spacings below 1e-100.
 
     Notes
     -----
     A blob ends where its value falls below float32's eps (1.2e-7) times its brightness; with
     ``rounding="blob"``, where it falls below 1, since what is beyond is truncated to nothing.
-    A sum beyond the range of a whole-number type is set to the type's limit: nothing wraps.
+    A sum beyond the range of a whole-number type is set to the type's limit: nothing wraps. One
+    beyond float32 is infinite.
     """
     sizes, grid = _checked_grid(shape, spacing, origin)
     kind, each = _checked_dtype(dtype, rounding)
@@ -141,20 +146,30 @@ def _limits(kind: np.dtype[Any]) -> tuple[float, float]:
 def _checked_grid(
     shape: tuple[int, int, int], spacing: ArrayLike, origin: ArrayLike
 ) -> tuple[tuple[int, ...], Grid]:
-    sizes = tuple(int(size) for size in shape)
-    if len(sizes) != 3 or sizes != tuple(shape) or min(sizes) < 1:
+    try:
+        sizes = tuple(int(size) for size in shape)
+        is_shape = len(sizes) == 3 and sizes == tuple(shape) and min(sizes) > 0
+    except (TypeError, ValueError, OverflowError):
+        is_shape = False
+    if not is_shape:
         raise SettingsError(f"shape: {shape!r} found; needs three whole numbers from 1 up")
     spacings, origins = _numbers("spacing", spacing, (3,)), _numbers("origin", origin, (3,))
-    if spacings.min() <= 0:
-        raise SettingsError(f"spacing: {spacing!r} found; needs more than 0 along each axis")
+    if spacings.min() < 1 / _LARGEST:
+        raise SettingsError(
+            f"spacing: {spacing!r} found; needs more than 0 along each axis, at least 1e-100"
+        )
     return sizes, Grid(spacings, origins)
 
 
 def _checked_dtype(dtype: DTypeLike, rounding: str) -> tuple[np.dtype[Any], bool]:
     """The dtype, and whether each blob is truncated."""
-    kind = np.dtype(dtype)
-    if not (kind.kind in "iu" or kind in (np.dtype(np.float32), np.dtype(np.float64))):
-        raise SettingsError(f"dtype: {kind} found; needs float32, float64 or whole numbers")
+    try:
+        kind = np.dtype(dtype)
+    except TypeError as error:
+        raise SettingsError(f"dtype: {dtype!r} found; {_DTYPES}") from error
+    is_float = kind in (np.dtype(np.float32), np.dtype(np.float64))
+    if not kind.isnative or not (kind.kind in "iu" or is_float):
+        raise SettingsError(f"dtype: {kind} found; {_DTYPES}")
     if rounding not in ("sum", "blob"):
         raise SettingsError(f"rounding: {rounding!r} found; needs 'sum' or 'blob'")
     if rounding == "blob" and kind.kind == "f":
@@ -165,23 +180,36 @@ def _checked_dtype(dtype: DTypeLike, rounding: str) -> tuple[np.dtype[Any], bool
 def _checked_blobs(
     centres: ArrayLike, spreads: ArrayLike, brights: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    points = np.asarray(centres, np.float64)
+    points = _floats("centres", centres)
+    points = points.reshape(0, 3) if points.shape == (0,) else points
     if points.ndim != 2 or points.shape[1] != 3:
         raise SettingsError(f"centres: an array of shape {points.shape} found; needs (n, 3)")
     n = len(points)
     points = _numbers("centres", points, (n, 3))
     widths = _numbers("spreads", spreads, (n,))
-    if n and widths.min() <= 0:
+    if n and widths.min() < 1 / _LARGEST:
         b = int(widths.argmin())
-        raise SettingsError(f"spreads: {widths[b]:g} found for blob {b}; needs more than 0")
+        raise SettingsError(
+            f"spreads: {widths[b]:g} found for blob {b}; needs more than 0, at least 1e-100"
+        )
     return points, widths, _numbers("brights", brights, (n,))
 
 
 def _numbers(name: str, values: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Finite float64 of a shape, or one number for all."""
-    array = np.asarray(values, np.float64)
+    array = _floats(name, values)
     if array.shape not in ((), shape):
         raise SettingsError(f"{name}: an array of shape {array.shape} found; needs {shape}")
     if not np.isfinite(array).all():
         raise SettingsError(f"{name}: NaN or infinity found; needs finite numbers")
+    if np.abs(array).max(initial=0) > _LARGEST:
+        found = np.abs(array).max()
+        raise SettingsError(f"{name}: {found:g} found; needs numbers of at most {_LARGEST:g}")
     return np.ascontiguousarray(np.broadcast_to(array, shape))
+
+
+def _floats(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{name}: not an array of numbers; {error}") from error

@@ -22,21 +22,29 @@ _N_SLABS = 5
 _FEWEST_PARTS = 3
 
 
-class Strips(NamedTuple):
-    """Runs of points that no cut divides: of one y and one slab of z.
+class Cells(NamedTuple):
+    """Where all cuts meet: parts of parts, of which every cut's parts are made.
 
     Attributes
     ----------
-    ends : (n_strips + 1,) int64
-        Points where strips begin, and where the last one ends.
-    parts_of_rows : (n_cuts, n_rows) int64
-        Part that each row of points belongs to, by each cut.
-    parts_of_strips : (n_cuts, n_strips) int64
+    strip_ends : (n_strips + 1,) int64
+        Points where strips begin, which lie in one cell each, and where the last one ends.
+    cell_of_strip : (n_strips,) int64
+    cell_of_row : (n_rows,) int64
+        For the rows of points.
+    parts : (n_cuts, n_cells) int64
+        Part that each cell belongs to, by each cut.
     """
 
-    ends: NDArray[np.int64]
-    parts_of_rows: NDArray[np.int64]
-    parts_of_strips: NDArray[np.int64]
+    strip_ends: NDArray[np.int64]
+    cell_of_strip: NDArray[np.int64]
+    cell_of_row: NDArray[np.int64]
+    parts: NDArray[np.int64]
+
+    @property
+    def n_cells(self) -> int:
+        """How many cells there are."""
+        return self.parts.shape[1]
 
 
 class Cut(NamedTuple):
@@ -44,8 +52,7 @@ class Cut(NamedTuple):
 
     Attributes
     ----------
-    part_of_row : (n_rows,) int64
-    part_of_strip : (n_strips,) int64
+    part_of_cell : (n_cells,) int64
     normals : (n_parts, 8, 8) float64
         What each part's points have of the normal matrix.
     spread : (8, 8) float64
@@ -53,25 +60,20 @@ class Cut(NamedTuple):
         have nothing to do with each other.
     """
 
-    part_of_row: NDArray[np.int64]
-    part_of_strip: NDArray[np.int64]
+    part_of_cell: NDArray[np.int64]
     normals: Matrix
     spread: Matrix
 
-    @property
-    def n_parts(self) -> int:
-        """How many parts there are."""
-        return len(self.normals)
 
-
-def one_strip(points: Points) -> Strips:
+def one_cell(points: Points) -> Cells:
     """All points as one, without a cut."""
-    nothing = np.zeros((0, 1), np.int64)
-    return Strips(np.array([0, points.values.size], np.int64), nothing, nothing)
+    whole, rows = np.zeros(1, np.int64), np.zeros(len(points.rows), np.int64)
+    ends = np.array([0, points.values.size], np.int64)
+    return Cells(ends, whole, rows, np.zeros((0, 1), np.int64))
 
 
-def strips_of(rows: NDArray[np.int64], blocks: NDArray[np.int64]) -> Strips:
-    """Strips of rows of points, cut into blocks and into slabs of z.
+def cells_of(rows: NDArray[np.int64], blocks: NDArray[np.int64]) -> Cells:
+    """Cells of rows of points, cut into blocks and into slabs of z.
 
     Parameters
     ----------
@@ -82,11 +84,12 @@ def strips_of(rows: NDArray[np.int64], blocks: NDArray[np.int64]) -> Strips:
     """
     block = np.searchsorted(blocks, np.arange(len(rows)), side="right") - 1
     cuts = [parts for parts in (block, _slabs(rows)) if parts.max() + 1 >= _FEWEST_PARTS]
-    parts = np.array(cuts, np.int64).reshape(len(cuts), len(rows))
-    labels = np.vstack([rows[:, 0], parts])
-    begins = np.flatnonzero((np.diff(labels, axis=1, prepend=-1) != 0).any(axis=0))
+    by_row = np.array(cuts, np.int64).reshape(len(cuts), len(rows))
+    parts, cell = np.unique(by_row, axis=1, return_inverse=True)
+    cell = cell.reshape(-1).astype(np.int64)
+    begins = np.flatnonzero((np.diff([rows[:, 0], cell], axis=1, prepend=-1) != 0).any(axis=0))
     ends = np.append(0, np.cumsum(rows[:, 3]))[np.append(begins, len(rows))]
-    return Strips(ends, parts, np.ascontiguousarray(parts[:, begins]))
+    return Cells(ends, np.ascontiguousarray(cell[begins]), cell, parts)
 
 
 def _slabs(rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -97,32 +100,35 @@ def _slabs(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.unique(slab, return_inverse=True)[1].astype(np.int64)
 
 
-def cuts_of(
-    points: Points, strips: Strips, prior: Matrix
-) -> tuple[Matrix, Matrix, tuple[Cut, ...]]:
+def cuts_of(points: Points, cells: Cells, prior: Matrix) -> tuple[Matrix, Matrix, tuple[Cut, ...]]:
     """Normal matrix test' jacobian + prior, the tests' own test' test, (8, 8) each, and cuts."""
-    between = list(itertools.pairwise(int(end) for end in strips.ends))
+    between = list(itertools.pairwise(int(end) for end in cells.strip_ends))
     test, plain = points.test_jacobian, points.jacobian
     by_strip = np.array([cross_sums(test, plain, a, b) for a, b in between])
     tests_by_strip = np.array([cross_sums(test, test, a, b) for a, b in between])
-    normal, of_tests = total_of(by_strip) + prior, total_of(tests_by_strip)
+    by_cell, tests = (
+        gathered(sums, cells.cell_of_strip, cells.n_cells) for sums in (by_strip, tests_by_strip)
+    )
+    normal, of_tests = total_of(by_cell) + prior, total_of(tests)
     cuts = []
-    for rows, of_strips in zip(strips.parts_of_rows, strips.parts_of_strips, strict=True):
-        n = int(of_strips.max()) + 1
-        normals, tests = (
-            sums_of_parts(sums.reshape(len(sums), -1), of_strips, n).reshape(n, *normal.shape)
-            for sums in (by_strip, tests_by_strip)
-        )
-        cuts.append(Cut(rows, of_strips, normals, _spread((normals, tests), (normal, of_tests))))
+    for parts in cells.parts:
+        n = int(parts.max()) + 1
+        normals, tests_of_parts = gathered(by_cell, parts, n), gathered(tests, parts, n)
+        spread = _spread((normals, tests_of_parts), (normal, of_tests))
+        cuts.append(Cut(np.ascontiguousarray(parts), normals, spread))
     return normal, of_tests, tuple(cuts)
+
+
+def gathered(sums: Matrix, parts: NDArray[np.int64], n_parts: int) -> Matrix:
+    """Sums (n_parts, ...) of those of (n, ...) that belong to each part, by (n,) their parts."""
+    flat = sums_of_parts(sums.reshape(len(sums), -1), parts, n_parts)
+    return np.asarray(flat.reshape(n_parts, *sums.shape[1:]))
 
 
 def total_of(parts: Matrix) -> Matrix:
     """Sum of (n, ...) over the first axis, in its order, which no rank or thread changes."""
-    out = np.zeros(parts.shape[1:])
-    for part in parts:
-        out += part
-    return out
+    flat = product(np.ones((1, len(parts))), parts.reshape(len(parts), -1))
+    return np.asarray(flat.reshape(parts.shape[1:]))
 
 
 def _spread(parts: tuple[Matrix, Matrix], whole: tuple[Matrix, Matrix]) -> Matrix:

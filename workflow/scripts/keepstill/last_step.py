@@ -6,16 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
-from keepstill.cuts import Cut, total_of
+from keepstill.cuts import Cut, gathered, total_of
 from keepstill.error_bars import directions, mean_square_mm2
 from keepstill.estimate import Disagreement, Estimate, allowed_step
 from keepstill.kernels.small import product, solution
 from keepstill.kernels.sums import (
     N_COLUMNS,
     block_sums,
-    outside_normal,
     outside_normals,
-    sums_of_parts,
     to_residuals,
 )
 from keepstill.moving import Asked, Moving, fill_values
@@ -107,9 +105,11 @@ def take_last_step(
     to_moving = to_moving_voxel(estimate, moving_affine, reference)
     residuals, spans = residuals_of(moving, to_moving, level, estimate.scale)
     model.take_off(residuals, reference, spans, to_moving)
-    sums = block_sums(level.points.test_jacobian, residuals, reference.strip_ends)
-    normal = level.normal - outside_normal(level.points, spans)
-    totals = total_of(sums)
+    cells = reference.cells
+    by_strip = block_sums(level.points.test_jacobian, residuals, cells.strip_ends)
+    sums = gathered(by_strip, cells.cell_of_strip, cells.n_cells)
+    outside = outside_normals(level.points, spans, cells.cell_of_row, cells.n_cells)
+    normal, totals = level.normal - total_of(outside), total_of(sums)
     step, regular = allowed_step(normal, totals[:N_COLUMNS], reference.basis)
     if not regular or geometry.step_size_mm(step[:6, 0]) > _FURTHEST_MM:
         return estimate
@@ -124,7 +124,7 @@ def take_last_step(
         scale=estimate.scale / (1.0 + float(step[6, 0])),
         covariance=_of_motion(into_motion, level.test_normal * variance),
         disagreements=tuple(
-            _disagreement(cut, _left(level, cut, (sums, step, spans)), into_motion, variance)
+            _disagreement(cut, _left(cut, (sums, outside, step)), into_motion, variance)
             for cut in level.cuts
         ),
     )
@@ -140,20 +140,23 @@ def _moved(estimate: Estimate, step: Matrix, reference: Reference) -> Matrix:
     return geometry.compose(estimate.moving_from_reference, turn)
 
 
-def _left(level: Level, cut: Cut, found: tuple[Matrix, Matrix, NDArray[np.int64]]) -> Matrix:
-    """What a step leaves of each part's sums, (n_parts, 8), by strips' sums, step and spans."""
-    sums, step, spans = found
-    outside = outside_normals(level.points, spans, cut.part_of_row, cut.n_parts)
-    inside = (cut.normals - outside).reshape(-1, N_COLUMNS)
-    right = sums_of_parts(sums, cut.part_of_strip, cut.n_parts)[:, :N_COLUMNS]
-    return right - product(inside, step).reshape(right.shape)
+def _left(cut: Cut, found: tuple[Matrix, Matrix, Matrix]) -> Matrix:
+    """What a step leaves of each part's sums, (n_parts, 8).
+
+    By sums (n_cells, 9), normal matrices of points outside (n_cells, 8, 8), and step (8, 1).
+    """
+    sums, outside, step = found
+    n_parts = len(cut.normals)
+    inside = cut.normals - gathered(outside, cut.part_of_cell, n_parts)
+    right = gathered(sums, cut.part_of_cell, n_parts)[:, :N_COLUMNS]
+    return right - product(inside.reshape(-1, N_COLUMNS), step).reshape(right.shape)
 
 
 def _disagreement(cut: Cut, left: Matrix, into_motion: Matrix, variance: float) -> Disagreement:
     """How far parts disagree, by what a step leaves of their sums."""
     seen = _of_motion(into_motion, product(np.ascontiguousarray(left.T), left))
     expected = _of_motion(into_motion, cut.spread * variance)
-    expected_mm2, freedom = mean_square_mm2(expected), (cut.n_parts - 1) * directions(expected)
+    expected_mm2, freedom = mean_square_mm2(expected), (len(cut.normals) - 1) * directions(expected)
     return Disagreement(mean_square_mm2(seen) / expected_mm2 if expected_mm2 > 0 else 1.0, freedom)
 
 

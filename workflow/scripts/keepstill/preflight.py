@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from isal import isal_zlib
+from zlib_ng import zlib_ng
 
 from keepstill.bids import Run
 from keepstill.errors import InputError, counted
@@ -250,8 +250,8 @@ def free_bytes(folder: Path) -> int:
 
 def _inflated(first_bytes: bytes, run: str) -> bytes:
     try:
-        return bytes(isal_zlib.decompressobj(wbits=31).decompress(first_bytes, HEADER_BYTES))
-    except isal_zlib.error as error:  # type: ignore[misc]
+        return bytes(zlib_ng.decompressobj(wbits=31).decompress(first_bytes, HEADER_BYTES))
+    except zlib_ng.error as error:  # type: ignore[misc]
         raise InputError(f"{run}: the gzip stream is damaged ({error})") from error
 
 

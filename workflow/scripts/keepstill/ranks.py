@@ -15,7 +15,7 @@ import termios
 import time
 import traceback
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +178,23 @@ def on_first(world: Alone | World, work: Callable[[], T]) -> T:
     return value
 
 
+@contextlib.contextmanager
+def cores_of_all(world: Alone | World, n_threads: int) -> Iterator[int]:
+    """Threads for what rank 0 does alone: the others rest, and their cores are for it to use.
+
+    All ranks of a run are on one machine. Rank 0 may run on any of their cores meanwhile, and so
+    may threads that it starts.
+    """
+    mask = os.sched_getaffinity(0)
+    joint = set[int]().union(*world.bcast(world.gather(mask)))
+    if world.rank == 0 and joint != mask:
+        os.sched_setaffinity(0, joint)
+    try:
+        yield max(n_threads, min(n_threads * world.size, len(joint)))
+    finally:
+        os.sched_setaffinity(0, mask)
+
+
 def unlink_segments(maps: Path) -> None:
     """Take the names off the shared memory that MPICH has mapped here; the memory stays.
 
@@ -324,7 +341,7 @@ def own_target(
     InputError
         If it shows no head.
     """
-    target = together(world, lambda: choose_target(run, settings))
+    target = on_first(world, lambda: choose_target(run, settings))
     if settings.reslices_twice or settings.reference == "lowest-motion":
         return _second_target(Task(run, target, settings), world, crew)
     return target
@@ -335,16 +352,16 @@ def _second_target(task: Task, world: Alone | World, crew: Crew) -> Target:
     run, first, settings = task.run, task.target, task.settings
     if settings.reference == "lowest-motion":
         estimates = list(_estimate_all(task, world, crew).estimates.values())
-        return together(world, lambda: lowest_motion_target(run, first, estimates, settings))
+        return on_first(world, lambda: lowest_motion_target(run, first, estimates, settings))
     plain = replace(settings, reslice=True, outside="zero", non_negative=False)
     found = _realign_all(Task(run, first, plain), world, crew)
     estimates = list(found.estimates.values())
     if settings.reference == "mean":
-        return together(world, lambda: mean_target(run, first, estimates, settings))
+        return on_first(world, lambda: mean_target(run, first, estimates, settings))
     mine = share(run.voxels.shape[1], world.size, world.rank)
     parts = together_all(world, lambda: median_slices(run, estimates, mine))
     slices = {z: part for each in parts for z, part in each.items()}
-    return together(world, lambda: median_target(run, slices, settings))
+    return on_first(world, lambda: median_target(run, slices, settings))
 
 
 def _estimate_all(task: Task, world: Alone | World, crew: Crew) -> Part:

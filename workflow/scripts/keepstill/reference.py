@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
-from keepstill.cuts import Cut, Strips, cuts_of, one_strip, strips_of
+from keepstill.cuts import Cells, Cut, cells_of, cuts_of, one_cell
 from keepstill.errors import EmptyVolumeError
 from keepstill.kernels.bspline import GAINS, LANES, PAD, POLES, fill_coefficients
 from keepstill.kernels.sums import N_COLUMNS, Points
@@ -103,8 +103,8 @@ class Reference:
     blocks : (n_blocks + 1,) int64
         Rows of all points where blocks of about equal numbers of points begin, and where the
         last one ends: a block holds whole slabs of one y.
-    strip_ends : (n_strips + 1,) int64
-        Points where strips begin, which no cut divides, and where the last one ends.
+    cells : Cells
+        Where the cuts of all points meet.
     ghost_slopes : (3, n) float32
         Change of the ghost at the points of the last level, by each voxel that it moves.
     ghost_half_voxels : (3,) float64
@@ -123,7 +123,7 @@ class Reference:
     fine: Level
     last: Level
     blocks: NDArray[np.int64]
-    strip_ends: NDArray[np.int64]
+    cells: Cells
     ghost_slopes: NDArray[np.float32]
     ghost_half_voxels: NDArray[np.float64]
     basis: NDArray[np.float64]
@@ -178,7 +178,7 @@ def prepare_reference(
     mean = float(volume[points_mask].mean(dtype=np.float64))
     rows = _rows(points_mask)
     blocks = _blocks(rows)
-    strips = strips_of(rows, blocks)
+    cells = cells_of(rows, blocks)
     coarse = _points(_coarse(rows), (plain, first), affine, centre_mm)
     fine = _points(rows, (plain, first), affine, centre_mm)
     finest = fine._replace(test_jacobian=_jacobian(rows, last, affine, centre_mm))
@@ -186,11 +186,11 @@ def prepare_reference(
         volume=volume,
         affine=affine,
         centre_mm=centre_mm,
-        coarse=_level(coarse, one_strip(coarse), mean, INSET_VOXELS, rough=True),
-        fine=_level(fine, strips, mean, INSET_VOXELS),
-        last=_level(finest, strips, mean, LAST_INSET_VOXELS),
+        coarse=_level(coarse, one_cell(coarse), mean, INSET_VOXELS, rough=True),
+        fine=_level(fine, cells, mean, INSET_VOXELS),
+        last=_level(finest, cells, mean, LAST_INSET_VOXELS),
         blocks=blocks,
-        strip_ends=strips.ends,
+        cells=cells,
         ghost_slopes=_ghost_slopes(ghost, rows, acquisition.ghost_axis),
         ghost_half_voxels=_ghost_half(volume.shape, acquisition.ghost_axis),
         basis=_in_plane_basis(affine) if acquisition.in_plane else np.eye(N_COLUMNS),
@@ -284,7 +284,7 @@ def wide_level(
     rows = _rows(mask)
     points = _points(rows, (images, images), affine, centre_mm)
     size = float(np.abs(points.values).mean(dtype=np.float64))
-    level = _level(points, one_strip(points), size, inset_voxels=0.0, rough=rough)
+    level = _level(points, one_cell(points), size, inset_voxels=0.0, rough=rough)
     return WideLevel(level, affine, float(points.values.var(dtype=np.float64)))
 
 
@@ -326,12 +326,12 @@ def _ghost_slopes(ghost: Volume, rows: NDArray[np.int64], axis: int | None) -> N
 
 
 def _level(
-    points: Points, strips: Strips, mean_intensity: float, inset_voxels: float, rough: bool = False
+    points: Points, cells: Cells, mean_intensity: float, inset_voxels: float, rough: bool = False
 ) -> Level:
     """Points and their normal matrices; a ghost that no point shows has a little certainty too."""
     prior = np.zeros((N_COLUMNS, N_COLUMNS))
     prior[-1, -1] = mean_intensity**2
-    normal, of_tests, cuts = cuts_of(points, strips, prior)
+    normal, of_tests, cuts = cuts_of(points, cells, prior)
     return Level(points, normal, rough, inset_voxels, of_tests, cuts)
 
 

@@ -1,6 +1,7 @@
 """A BIDS study of made-up heads, with the truth of their motion beside it."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import __version__, geometry, phantom, write
-from keepstill.errors import OutputError, SettingsError
+from keepstill.errors import OutputError, SettingsError, counted
 from keepstill.files import put_text
 from keepstill.phantom.motion import COLUMNS, KINDS
 from keepstill.phantom.run import DROPPED_SIGNAL, Run, task_blocks_s
@@ -27,6 +28,8 @@ _SESSION_SHIFT_MM, _SESSION_TURN_DEG = 4.0, 3.0
 # Standard deviation of what a head moves by between its SBRef and volume 0, mm and degrees.
 _SBREF_JITTER = 0.3
 _MOST_ECHOES = 20
+# The head is drawn on a grid as fine as its blur: here in 20 GB of memory, by the cube of 1 / this.
+_SHARPEST_MM = 0.6
 
 README = """\
 # A simulated study
@@ -101,7 +104,7 @@ class StudyPlan:
             ("echoes", len(self.echo_times_ms), 0, _MOST_ECHOES),
             ("echo-times-ms", min(self.echo_times_ms, default=1), 1, 500),
             ("echo-times-ms", max(self.echo_times_ms, default=1), 1, 500),
-            ("volumes", self.volumes or 2, 2, 100_000),
+            ("volumes", 2 if self.volumes is None else self.volumes, 2, 100_000),
             ("seed", self.seed, 0, 2**63 - 1),
             ("shape", min(self.shape), 4, 32767),
             ("voxel-mm", min(self.voxel_mm), 0.5, 20),
@@ -110,6 +113,7 @@ class StudyPlan:
             ("tr-s", self.tr_s, 0.05, 60),
             ("point-spread-voxels", min(self.point_spread_voxels), 0.4, 4),
             ("point-spread-voxels", max(self.point_spread_voxels), 0.4, 4),
+            ("point spread in mm", min(self._point_spread_mm()), _SHARPEST_MM, 80),
             ("tsnr", effects.tsnr, 1, 1e6),
             ("activation-percent", effects.activation_percent, 0, 50),
             ("shading", effects.shading, 0, 1),
@@ -124,10 +128,16 @@ class StudyPlan:
             shown = ", ".join(f"{echo_ms:g}" for echo_ms in self.echo_times_ms)
             raise SettingsError(f"echo-times-ms: {shown} found; needs each longer than the last")
 
+    def _point_spread_mm(self) -> list[float]:
+        sizes = zip(self.point_spread_voxels, self.voxel_mm, strict=True)
+        return [round(spread * voxel, 9) for spread, voxel in sizes]
+
     @property
     def n_volumes(self) -> int:
         """Number of volumes of a run."""
-        return self.volumes or (_DEFAULT_VOLUMES if self.motion in KINDS else len(self._poses()))
+        if self.volumes is not None:
+            return self.volumes
+        return _DEFAULT_VOLUMES if self.motion in KINDS else len(self._poses())
 
     @property
     def task(self) -> str:
@@ -159,11 +169,11 @@ class StudyPlan:
         if self.motion in KINDS:
             return phantom.drawn_poses(self.motion, self.n_volumes, seed)
         read = self._poses()
-        if len(read) < self.n_volumes:
-            raise SettingsError(
-                f"{self.motion}: motion of {len(read)} volumes found; needs {self.n_volumes}"
-            )
-        return read[: self.n_volumes]
+        needed = max(self.n_volumes, 2)
+        if len(read) < needed:
+            found = counted(len(read), "volume")
+            raise SettingsError(f"{self.motion}: motion of {found} found; needs {needed}")
+        return read[:needed]
 
     def _poses(self) -> NDArray[np.float64]:
         return phantom.read_poses(Path(self.motion))
@@ -187,14 +197,31 @@ def simulate_study(
     Raises
     ------
     OutputError, SettingsError, InputError
+        Nothing is left of a study that is not whole, after an interruption neither.
     """
     plan.poses(0)  # a table of motion that is not one shall stop before anything is written
     with _as_output_error(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise OutputError(f"{out}: not an empty folder; choose another one")
-        _describe(out, plan)
-        for subject in range(1, plan.subjects + 1):
-            _Subject(out, plan, subject).write(n_threads, on_volume)
+        with _all_or_nothing(out):
+            _describe(out, plan)
+            for subject in range(1, plan.subjects + 1):
+                _Subject(out, plan, subject).write(n_threads, on_volume)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(out: Path) -> Iterator[None]:
+    """What is made in a folder, empty or new, goes again if it does not come to its end."""
+    was_there = out.exists()
+    try:
+        yield
+    except BaseException:
+        for made in out.iterdir() if was_there else (out,):
+            if made.is_dir():
+                shutil.rmtree(made, ignore_errors=True)
+            else:
+                made.unlink(missing_ok=True)
+        raise
 
 
 def _seed(*path: int) -> int:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
-from isal import isal_zlib
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from keepstill.bids import Origin
 from keepstill.breathing import check_filter
@@ -366,7 +366,7 @@ class Chunks:
         A member is shown the file in windows that grow: behind its end the rest of a window is
         copied, which for a file of many small members must not be the rest of a chunk.
         """
-        stream, window = isal_zlib.decompressobj(wbits=31), _FIRST_WINDOW_BYTES
+        stream, window = zlib_ng.decompressobj(wbits=31), _FIRST_WINDOW_BYTES
         pending = memoryview(b"")
         try:
             while pending or (pending := self._compressed(file)):
@@ -374,7 +374,7 @@ class Chunks:
                     if not any(pending):  # padding to a block, as tape drives did
                         pending = memoryview(b"")
                         continue
-                    stream, window = isal_zlib.decompressobj(wbits=31), _FIRST_WINDOW_BYTES
+                    stream, window = zlib_ng.decompressobj(wbits=31), _FIRST_WINDOW_BYTES
                 shown = pending[:window]
                 chunk = stream.decompress(shown, _CHUNK_BYTES)
                 left = stream.unused_data if stream.eof else stream.unconsumed_tail
@@ -382,7 +382,7 @@ class Chunks:
                 window = min(2 * window, _CHUNK_BYTES)
                 if chunk:
                     yield chunk
-        except isal_zlib.error as error:  # type: ignore[misc]
+        except zlib_ng.error as error:  # type: ignore[misc]
             raise InputError(
                 f"{self._run}: the gzip stream is damaged ({error}); copy the file again"
             ) from error

@@ -4,23 +4,22 @@ import io
 import json
 import math
 import struct
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from isal import isal_zlib
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from keepstill.files import put_file
 
 T = TypeVar("T")
 
-# isal is faster, but now and then gives other bytes for the same voxels; zlib does not. Voxels of a
-# noisy series hardly repeat, so looking for runs only costs 1% of size and saves half the time.
-_LEVEL, _MEMORY_LEVEL, _STRATEGY = 1, 9, zlib.Z_RLE
+# Voxels of a noisy series hardly repeat, so looking for runs only costs 1% of size and saves half
+# the time. And there zlib-ng gives the bytes that zlib gives, whatever the processor.
+_LEVEL, _MEMORY_LEVEL, _STRATEGY = 1, 9, zlib_ng.Z_RLE
 # Gzip's head with neither time nor name nor system, so that equal voxels are equal bytes.
 _GZIP_HEAD = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 _LAST_BLOCK = b"\x03\x00"
@@ -42,7 +41,7 @@ def gzip_member(parts: Iterable[bytes], n_threads: int) -> Iterable[bytes]:
     yield _GZIP_HEAD
     crc, size = 0, 0
     for deflated, part_crc, part_size in _all_deflated(parts, n_threads):
-        crc = isal_zlib.crc32_combine(crc, part_crc, part_size)
+        crc = zlib_ng.crc32_combine(crc, part_crc, part_size)
         size += part_size
         yield deflated
     yield _LAST_BLOCK + struct.pack("<II", crc, size & 0xFFFFFFFF)
@@ -57,9 +56,9 @@ def _all_deflated(parts: Iterable[bytes], n_threads: int) -> Iterable[tuple[byte
 
 
 def _deflated(part: bytes) -> tuple[bytes, int, int]:
-    stream = zlib.compressobj(_LEVEL, zlib.DEFLATED, -15, _MEMORY_LEVEL, _STRATEGY)
-    deflated = stream.compress(part) + stream.flush(zlib.Z_FULL_FLUSH)
-    return deflated, zlib.crc32(part), len(part)
+    stream = zlib_ng.compressobj(_LEVEL, zlib_ng.DEFLATED, -15, _MEMORY_LEVEL, _STRATEGY)
+    deflated = stream.compress(part) + stream.flush(zlib_ng.Z_FULL_FLUSH)
+    return deflated, zlib_ng.crc32(part), len(part)
 
 
 def ahead(

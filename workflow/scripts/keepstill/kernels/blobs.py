@@ -159,7 +159,7 @@ def _add_to_plane(
         left = blobs.reaches[b] ** 2 - dx * dx
         bright = blobs.brights[b] * np.float64(blobs.factors[blobs.begins[b, 0] + offset])
         centre = (blobs.centres[b, 2] - grid.origin[2]) * per_step
-        first, most = blobs.first[b, 2], blobs.number[b, 2]
+        first, most = blobs.first[b, 2], float(blobs.number[b, 2])
         for row in range(blobs.number[b, 1]):
             j = blobs.first[b, 1] + row
             dy = j * grid.spacing[1] + grid.origin[1] - blobs.centres[b, 1]
@@ -167,8 +167,9 @@ def _add_to_plane(
             if rest < 0:
                 continue
             half = np.sqrt(rest) * per_step
-            low = max(int(np.ceil(centre - half)) - first, 0)
-            high = min(int(np.floor(centre + half)) + 1 - first, most)
+            # Cut to the span as floats: a huge reach is beyond whole numbers.
+            low = int(max(min(np.ceil(centre - half) - first, most), 0.0))
+            high = int(max(min(np.floor(centre + half) + 1.0 - first, most), 0.0))
             weight = bright * np.float64(blobs.factors[blobs.begins[b, 1] + row])
             line = blobs.begins[b, 2] + low
             place = j * row_stride + first + low

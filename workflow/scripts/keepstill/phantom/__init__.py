@@ -7,7 +7,7 @@ favoured; a `run` adds noise and other troubles, and `bound` says how well its m
 """
 
 from keepstill.geometry import displacement_mm
-from keepstill.phantom.ball import ball
+from keepstill.phantom.ball import ball, soft_ball
 from keepstill.phantom.bound import Bound, cramer_rao, mean_displacement_mm
 from keepstill.phantom.contrast import PLAIN, Contrast, default_echo_times_ms
 from keepstill.phantom.fine import FineHead, fine_head, fine_heads
@@ -44,5 +44,6 @@ __all__ = [
     "pose_of",
     "read_poses",
     "rigid",
+    "soft_ball",
     "volume_of",
 ]

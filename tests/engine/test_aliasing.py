@@ -40,7 +40,8 @@ def fitted(points):
         residuals[slot, ~naive.is_in_span(points, of_volume)] = 0
     residuals.setflags(write=False)
     phases = [aliasing.row_phases(to_moving, points.rows) for to_moving in maps]
-    return aliasing.Fitted(residuals, slots, spans, np.array(maps), np.array(phases))
+    tables = aliasing.wave_tables(np.array(maps), aliasing.longest(points.rows))
+    return aliasing.Fitted(residuals, slots, spans, np.array(maps), np.array(phases), tables)
 
 
 @pytest.fixture(scope="module")

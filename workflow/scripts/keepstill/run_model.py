@@ -30,8 +30,10 @@ from keepstill.kernels.aliasing import (
     Fitted,
     fill_factors,
     fit_fields,
+    longest,
     row_phases,
     take_off_aliasing,
+    wave_tables,
 )
 from keepstill.kernels.small import product, solution
 from keepstill.kernels.sums import N_COLUMNS, Points, outside_normal
@@ -127,7 +129,10 @@ def fitted_to(
     rows = reference.last.points.rows
     kept = [np.ascontiguousarray(to_moving[:3]) for to_moving in maps]
     phases = np.array([row_phases(to_moving, rows) for to_moving in kept])
-    return Fitted(residuals, np.array(slots, np.int64), np.array(spans), np.array(kept), phases)
+    tables = wave_tables(np.array(kept), longest(rows))
+    return Fitted(
+        residuals, np.array(slots, np.int64), np.array(spans), np.array(kept), phases, tables
+    )
 
 
 def fit_run_model(reference: Reference, fitted: Fitted, team: Team) -> RunModel:

@@ -37,6 +37,8 @@ class Fitted(NamedTuple):
         Voxel (x, y, z, 1) of the reference -> voxel of the volume.
     phases : (m, n_rows, 6) float32
         From `row_phases`.
+    tables : (m, 6, l) float32
+        From `wave_tables`, for rows of up to l points.
     """
 
     residuals: NDArray[np.float32]
@@ -44,6 +46,7 @@ class Fitted(NamedTuple):
     spans: NDArray[np.int64]
     maps: NDArray[np.float64]
     phases: NDArray[np.float32]
+    tables: NDArray[np.float32]
 
 
 @kernel
@@ -123,8 +126,7 @@ def fill_factors(
     ridge : float
         What is known of the waves' strength beforehand: noise variance over wave variance.
     """
-    rows, m, length = points.rows, fitted.slots.size, _longest(points.rows)
-    tables = wave_tables(fitted.maps, length)
+    rows, m, length = points.rows, fitted.slots.size, longest(points.rows)
     waves = np.empty((N_FIELDS - 1, length), np.float32)
     normal = np.empty((N_FACTORS, length), np.float32)
     for r in range(rows.shape[0]):
@@ -134,7 +136,7 @@ def fill_factors(
         for a in range(1, N_FIELDS):
             normal[a * (a + 3) // 2] = ridge
         for v in range(m):
-            fill_waves(waves, tables[v], fitted.phases[v, r], n)
+            fill_waves(waves, fitted.tables[v], fitted.phases[v, r], n)
             _add_products(normal, waves, fitted.spans[v, r, 0], fitted.spans[v, r, 1])
         _decompose(normal)
         for entry in range(N_FACTORS):
@@ -142,8 +144,9 @@ def fill_factors(
                 factors[entry, at + i] = normal[entry, i]
 
 
-@part
-def _longest(rows: NDArray[np.int64]) -> int:
+@kernel
+def longest(rows: NDArray[np.int64]) -> int:
+    """Number of points of the longest row."""
     n = 0
     for r in range(rows.shape[0]):
         n = max(n, rows[r, 3])
@@ -225,8 +228,7 @@ def fit_fields(
     right : (m, 8) float64
         test_jacobian' (residuals - steps - fields) over the block.
     """
-    rows, m, length = points.rows, fitted.slots.size, _longest(points.rows)
-    tables = wave_tables(fitted.maps, length)
+    rows, m, length = points.rows, fitted.slots.size, longest(points.rows)
     waves = np.empty((m, N_FIELDS - 1, length), np.float32)
     left = np.empty((m, length), np.float32)
     lanes = np.zeros((m, N_COLUMNS, length), np.float32)
@@ -234,7 +236,7 @@ def fit_fields(
     for r in range(rows.shape[0]):
         n, at = rows[r, 3], rows[r, 4]
         for v in range(m):
-            fill_waves(waves[v], tables[v], fitted.phases[v, r], n)
+            fill_waves(waves[v], fitted.tables[v], fitted.phases[v, r], n)
         _take_off_steps(left, fitted, points.jacobian, steps, (at, r))
         _fill_right(solved, waves, left, fitted.spans, r)
         _solve(solved, factors, at, n)
@@ -395,7 +397,7 @@ def take_off_aliasing(
     fields : (7, n) float32
         From `fit_fields`.
     """
-    rows, length = points.rows, _longest(points.rows)
+    rows, length = points.rows, longest(points.rows)
     table = wave_tables(to_moving.reshape(1, 3, 4), length)[0]
     phases = row_phases(to_moving, rows)
     waves = np.empty((N_FIELDS - 1, length), np.float32)

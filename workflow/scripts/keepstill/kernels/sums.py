@@ -13,6 +13,8 @@ N_COLUMNS = 8
 # Point i is added to lane i % 128 of a sum: the order is fixed, and lanes do not wait for one
 # another.
 SUM_LANES = 128
+# Fewer points are not worth as many.
+_FEW, _FEW_LANES = 4 * SUM_LANES, 32
 
 
 class Points(NamedTuple):
@@ -136,11 +138,13 @@ def block_sums(
     out = np.zeros((blocks.size - 1, p + 1))
     lanes = np.empty((p + 1) * SUM_LANES)
     for block in range(blocks.size - 1):
-        lanes[:] = 0
-        _add_lanes(lanes, residuals, columns, (blocks[block], blocks[block + 1]))
+        first, last = blocks[block], blocks[block + 1]
+        n_lanes = SUM_LANES if last - first >= _FEW else _FEW_LANES
+        lanes[: (p + 1) * n_lanes] = 0
+        _add_lanes(lanes, residuals, columns, (first, last, n_lanes))
         for a in range(p + 1):
-            for k in range(SUM_LANES):
-                out[block, a] += lanes[a * SUM_LANES + k]
+            for k in range(n_lanes):
+                out[block, a] += lanes[a * n_lanes + k]
     return out
 
 
@@ -159,23 +163,26 @@ def _add_lanes(
     lanes: NDArray[np.float64],
     residuals: NDArray[np.float32],
     columns: NDArray[np.float32],
-    between: tuple[int, int],
+    between: tuple[int, int, int],
 ) -> None:
     """Add products of residuals with each column, then with themselves, lane by lane.
+
+    From the first point to the last but one, on so many lanes: `between` has the three.
 
     Indices are unsigned: a signed one may be negative and would have to be tested in each lane.
     """
     p, n = columns.shape
     flat = columns.reshape(-1)
-    for first in range(between[0], between[1], SUM_LANES):
+    width = between[2]
+    for first in range(between[0], between[1], width):
         at = np.uint64(first)
-        n_lanes = min(SUM_LANES, between[1] - first)
+        n_lanes = min(width, between[1] - first)
         for a in range(p):
-            column, total = np.uint64(a * n + first), np.uint64(a * SUM_LANES)
+            column, total = np.uint64(a * n + first), np.uint64(a * width)
             for lane in range(n_lanes):
                 k = np.uint64(lane)
                 lanes[total + k] += np.float64(residuals[at + k]) * np.float64(flat[column + k])
-        total = np.uint64(p * SUM_LANES)
+        total = np.uint64(p * width)
         for lane in range(n_lanes):
             k = np.uint64(lane)
             lanes[total + k] += np.float64(residuals[at + k]) * np.float64(residuals[at + k])

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from urllib.parse import unquote
 
+import bids2table
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from keepstill import bids
 from keepstill.errors import InputError
@@ -309,3 +312,16 @@ def test_name_of_a_run() -> None:
     assert bids.run_name(Path("in/sub-01_task-x_bold.nii.gz")) == "sub-01_task-x"
     assert bids.run_name(Path("functional.nii")) == "functional"
     assert bids.run_name(Path("v1.2_bold.nii.gz")) == "v1.2"
+
+
+@given(
+    st.lists(st.from_regex(r"[a-z]{1,6}(-[a-zA-Z0-9]{0,4}(-[a-z])?)?", fullmatch=True), min_size=1)
+)
+@example(["sub-01", "task-rest", "bold"])
+@example(["sub-01", "sub-02", "bold"])
+@example(["run200", "task-a", "echo-1"])
+def test_entities_are_those_of_bids2table(parts: list[str]) -> None:
+    name = "_".join(parts) + ".nii.gz"
+    expected = bids2table.parse_bids_entities(name)
+    expected = {key: label for key, label in expected.items() if key not in ("ext", "datatype")}
+    assert bids._entities(name) == expected

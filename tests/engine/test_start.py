@@ -35,7 +35,7 @@ HEAVY = {
 STEPS = {
     "stage": ("import keepstill.stage, keepstill.mean_echo, keepstill.lanes", HEAVY | {"numba"}),
     "realign": ("from keepstill.start import start_quickly; start_quickly(); "
-                "import keepstill.ranks, keepstill.realign, keepstill.warm", HEAVY),
+                "import keepstill.ranks, keepstill.realign, keepstill.warm", HEAVY | {"nibabel"}),
     "collect": ("from keepstill.start import start_quickly; start_quickly(); "
                 "import keepstill.collect", HEAVY),
 }  # fmt: skip

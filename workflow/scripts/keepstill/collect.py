@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,7 +70,7 @@ def collect_run(
         Root of the derivatives, or any folder for a run outside BIDS.
     settings : RealignSettings
     n_threads : int
-        For compression; the bytes do not depend on it.
+        For figures and compression; the bytes do not depend on it.
 
     Returns
     -------
@@ -88,7 +89,7 @@ def collect_run(
     with writing(result.run.run, output_dir, paths_of_run):
         if folder:
             describe_dataset(output_dir, result.run.found["bids_dir"])
-        findings = _find(result)
+        findings = _find(result, n_threads)
         summary = _summary(result, findings)
         outdated = withdraw_manifest(output_dir, result.run.run)
         paths: list[Path] = []
@@ -187,18 +188,19 @@ def describe_dataset(output_dir: Path, bids_dir: str | None) -> None:
     put_text(output_dir / ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
 
 
-def _find(result: Realigned) -> Findings:
+def _find(result: Realigned, n_threads: int) -> Findings:
     brain, covered = brain_mask(result.reference), _covered(result)
     if result.missing is not None and result.is_on_own_grid:
         brain &= ~result.missing
     before = after = series = None
     if result.series is not None:
         resliced = result.series
-        chosen = _compared(result)
-        before = temporal_moments(result.run.volume, chosen)
-        after = temporal_moments(lambda t: resliced[t], chosen)
-        good = np.flatnonzero(~result.failed)
-        series = figures.series_figures(resliced, good, brain & covered)
+        chosen, good = _compared(result), np.flatnonzero(~result.failed)
+        with ThreadPoolExecutor(n_threads) as pool:
+            figured = pool.submit(figures.series_figures, resliced, good, brain & covered)
+            raw = pool.submit(temporal_moments, result.run.volume, chosen)
+            realigned = pool.submit(temporal_moments, lambda t: resliced[t], chosen)
+        before, after, series = raw.result(), realigned.result(), figured.result()
     return Findings(brain, covered, before, after, make_confounds(result, series, brain))
 
 

@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.affines import voxel_sizes
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from keepstill.errors import InputError
+from keepstill.start import without_scipy
 
 # Bytes that hold the header of either version of NIfTI, extensions aside.
 HEADER_BYTES = 540
@@ -118,7 +116,7 @@ def parse_layout(first_bytes: bytes, run: str, affine_source: str = "auto") -> L
         raise InputError(f"{run}: axes {tuple(sizes)} found; a run needs x, y, z and time")
     try:
         dtype = header.get_data_dtype()
-    except (HeaderDataError, KeyError):  # KeyError: a code that NIfTI does not know
+    except (_header_error(), KeyError):  # KeyError: a code that NIfTI does not know
         dtype = None
     if dtype is None or dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise InputError(
@@ -210,7 +208,7 @@ def _affine(
 def _qform(header: Any) -> NDArray[np.float64]:
     try:
         return np.asarray(header.get_qform(), dtype=np.float64)
-    except (ValueError, HeaderDataError):  # a quaternion or pixdim that no header can have
+    except (ValueError, _header_error()):  # a quaternion or pixdim that no header can have
         return np.full((4, 4), np.nan)
 
 
@@ -265,13 +263,28 @@ def check_units(layout: Layout, run: str) -> list[str]:
     return [f"{run}: no unit of length in the header; voxels of {_listed(sizes)} are taken as mm"]
 
 
+def _nibabel() -> Any:
+    """nibabel, which takes 0.1 s to import: ranks that are not the first need none of it."""
+    return without_scipy("nibabel")
+
+
+def _header_error() -> type[Exception]:
+    error: type[Exception] = _nibabel().spatialimages.HeaderDataError
+    return error
+
+
+def _voxel_sizes_mm(layout: Layout) -> NDArray[np.float64]:
+    sizes_mm: NDArray[np.float64] = _nibabel().affines.voxel_sizes(layout.affine)
+    return sizes_mm
+
+
 def _listed(sizes: NDArray[np.float64]) -> str:
     return " x ".join(f"{size:.4g}" for size in sizes)
 
 
 def grid_in_words(layout: Layout) -> str:
     """Number and edges of a volume's voxels."""
-    sizes_mm = voxel_sizes(layout.affine)
+    sizes_mm = _voxel_sizes_mm(layout)
     return f"{' x '.join(map(str, layout.shape[:3]))} voxels of {_listed(sizes_mm)} mm"
 
 
@@ -284,7 +297,7 @@ def check_same_grid(layout: Layout, other: Layout, run: str, image: str) -> None
     ------
     InputError
     """
-    sizes_mm = voxel_sizes(layout.affine), voxel_sizes(other.affine)
+    sizes_mm = _voxel_sizes_mm(layout), _voxel_sizes_mm(other)
     if layout.shape[:3] == other.shape[:3] and np.allclose(*sizes_mm, rtol=_SIZE_TOLERANCE):
         return
     raise InputError(
@@ -339,6 +352,7 @@ def made_header(
     dtype : str
         Of the stored voxels.
     """
+    nib = _nibabel()
     is_large = isinstance(source, nib.Nifti2Header) or max(shape) > 32767
     header = (nib.Nifti2Header if is_large else nib.Nifti1Header)()
     header.set_data_dtype(dtype)
@@ -391,6 +405,7 @@ def _parse_header(first_bytes: bytes, run: str) -> Any:
     if first_bytes.startswith(GZIP_MAGIC):
         raise InputError(f"{run}: compressed twice; decompress the file once")
     size = int.from_bytes(first_bytes[:4], "little"), int.from_bytes(first_bytes[:4], "big")
+    nib = _nibabel()
     kind = nib.Nifti2Header if 540 in size else nib.Nifti1Header
     if len(first_bytes) < kind.sizeof_hdr or not {348, 540} & set(size):
         raise InputError(

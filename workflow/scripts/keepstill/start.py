@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib
 import sys
 from typing import Any
 
@@ -12,19 +13,22 @@ _OBJECTS_BEFORE_COLLECTION = 200_000
 
 
 def start_quickly() -> None:
-    """Prepare a program of its own, before its costly imports, for those.
-
-    Numba and nibabel look whether there is a scipy, for a BLAS and for Matlab's files (0.15 s);
-    none of that is used here, so they are loaded as if there were none.
-    """
+    """Prepare a program of its own, before its costly imports, for those."""
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
     atexit.register(gc.freeze)
+    without_scipy("numba")
+
+
+def without_scipy(name: str) -> Any:
+    """A module that looks whether there is a scipy, imported as if there were none.
+
+    Numba looks for a BLAS, nibabel for Matlab's files (0.15 s); none of that is used here.
+    """
+    if name in sys.modules or "scipy" in sys.modules:
+        return importlib.import_module(name)
     modules: dict[str, Any] = sys.modules
-    if "scipy" in modules:
-        return
     modules["scipy"] = None  # an import of it fails
     try:
-        import nibabel  # noqa: F401
-        import numba  # noqa: F401
+        return importlib.import_module(name)
     finally:
         del modules["scipy"]

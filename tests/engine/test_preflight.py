@@ -175,6 +175,19 @@ def test_a_warning_when_it_will_not_fit(made: Study, monkeypatch: pytest.MonkeyP
     assert memory.startswith(f"warning: the largest run will not fit into {made.stage_root.parent}")
 
 
+@pytest.mark.parametrize(
+    ("n_lanes", "free_gb", "warns"), [(2, 5, False), (3, 5, True), (9, 7, False)]
+)
+def test_a_warning_of_more_lanes_than_memory(
+    made: Study, monkeypatch: pytest.MonkeyPatch, n_lanes: int, free_gb: float, warns: bool
+) -> None:
+    """Of lanes that there are runs for, here three."""
+    monkeypatch.setattr(engine_preflight, "free_bytes", lambda folder: free_gb * 1e9)
+    monkeypatch.setattr(engine_preflight, "study_needs", lambda study, names: Needs(1e9, 2e9, 90))
+    last = list(engine_preflight.preflight(made, made.make_plan(), n_lanes))[-1]
+    assert last.startswith("warning: 3 runs at a time may take 6 GB in ") is warns
+
+
 def test_many_refused_runs_are_cut_short(made: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_preflight, "MAX_NAMED", 2)
     for run in made.runs.values():

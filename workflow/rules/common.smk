@@ -32,9 +32,17 @@ def read_plan():
     plan = plan_study(STUDY)
     if plan.runs and STUDY.settings.uses_itk and not workflow.deployment_settings.deployment_method:
         or_refuse(require_itk)  # conda would bring it with the rule
-    for line in preflight(STUDY, plan):
+    for line in preflight(STUDY, plan, lanes_here()):
         tell(line)
     return plan
+
+
+def lanes_here():
+    """Runs that are worked on at a time on this machine; a cluster's jobs have one each."""
+    threads = workflow.resource_settings.overwrite_threads.get("stage", 1)
+    n_threads = int(getattr(threads, "value", threads))
+    n_cores = workflow.resource_settings.cores or 1
+    return max(1, n_cores // n_threads) if workflow.local_exec else 1
 
 
 STUDY = or_refuse(read_study, config, workflow.config_settings.overwrite_config, CLONE)

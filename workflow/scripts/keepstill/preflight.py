@@ -74,8 +74,16 @@ class Needs:
     refused: tuple[tuple[str, str], ...] = ()
 
 
-def preflight(study: Study, plan: Plan) -> Iterator[str]:
-    """Lines for the user: runs found, complete and to do, and what those to do will take."""
+def preflight(study: Study, plan: Plan, n_lanes: int = 1) -> Iterator[str]:
+    """Lines for the user: runs found, complete and to do, and what those to do will take.
+
+    Parameters
+    ----------
+    study : Study
+    plan : Plan
+    n_lanes : int
+        Runs that are worked on at a time on this machine, as far as is known.
+    """
     yield plan.in_words(study.n_runs)
     yield from study.misnamed.in_words()
     planned = (*plan.runs, *plan.echoes)
@@ -93,6 +101,13 @@ def preflight(study: Study, plan: Plan) -> Iterator[str]:
         yield (
             f"warning: the outputs will not fit into {study.output_dir}; free "
             f"{_gb(needs.output_bytes - output_free)} there or choose another output_dir"
+        )
+    n_lanes = min(n_lanes, len(planned))
+    if needs.lane_bytes <= shared_free < n_lanes * needs.lane_bytes:
+        yield (
+            f"warning: {n_lanes} runs at a time may take {_gb(n_lanes * needs.lane_bytes)} in "
+            f"{shared}; what does not fit is staged in {tempfile.gettempdir()}, which is slower; "
+            "give each run more cores (config/README.md, ranks and lanes)"
         )
     if needs.lane_bytes > shared_free:
         yield (

@@ -98,7 +98,7 @@ def size_mm(steps):
 
 
 def test_fields_that_a_run_is_made_of(reference, maps, spans, steps):
-    """Fields to the ridge's and noise's 7%, steps to a tenth; without fields they are half lost."""
+    """Fields to the ridge's and noise's 7%, steps to a tenth; without fields steps are lost."""
     n = reference.last.points.values.size
     fields = (STRENGTH * np.random.default_rng(4).normal(size=(7, n))).astype(np.float32)
     fields[0] = 0
@@ -111,7 +111,7 @@ def test_fields_that_a_run_is_made_of(reference, maps, spans, steps):
     assert left.std() < 1.5 * NOISE < 0.1 * fitted.residuals.std()
     assert size_mm(found - steps) < 0.1 * size_mm(steps)
     _, astray = steps_after(NO_MODEL, reference, fitted, maps)
-    assert size_mm(astray - steps) > 0.5 * size_mm(steps)
+    assert size_mm(astray - steps) > 0.7 * size_mm(steps)
 
 
 @pytest.mark.parametrize("strength", [0.03, -0.01, 0.0])

@@ -31,7 +31,7 @@ FEW_BIG = 25
 # Wall times are judged where at least this part of the cores is idle before they are measured.
 LEAST_IDLE = 0.95
 # What an idle python must have imported, to compare memory with.
-IMPORTS = "keepstill.__main__, keepstill.collect, keepstill.ranks, keepstill.stage"
+IMPORTS = "nibabel, keepstill.__main__, keepstill.collect, keepstill.ranks, keepstill.stage"
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def fitted(points):
         residuals[slot, ~naive.is_in_span(points, of_volume)] = 0
     residuals.setflags(write=False)
     phases = [aliasing.row_phases(to_moving, points.rows) for to_moving in maps]
-    tables = aliasing.wave_tables(np.array(maps), aliasing.longest(points.rows))
+    tables = aliasing.wave_tables(np.array(maps), points.rows[:, 3].max())
     return aliasing.Fitted(residuals, slots, spans, np.array(maps), np.array(phases), tables)
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from keepstill import stage
 from keepstill import study as engine_study
-from keepstill.bids import index_runs
 from keepstill.errors import StageError
 from keepstill.manifest import (
     Manifest,
@@ -20,6 +19,7 @@ from keepstill.manifest import (
     write_manifest,
 )
 from keepstill.settings import RealignSettings
+from studies import study_of
 
 RUNS = ("sub-01_task-rest", "sub-02_task-rest", "sub-03_task-rest")
 
@@ -33,14 +33,7 @@ def made(tmp_path: Path) -> engine_study.Study:
         path.parent.mkdir(parents=True)
         path.write_text(run)
     (bids_dir / "dataset_description.json").write_text("{}")
-    return engine_study.Study(
-        bids_dir=bids_dir,
-        output_dir=tmp_path / "out",
-        stage_root=tmp_path / "stage",
-        settings=RealignSettings(),
-        runs={run.name: run for run in index_runs(bids_dir).runs},
-        has_pages=True,
-    )
+    return study_of(bids_dir, tmp_path)
 
 
 def complete(study: engine_study.Study, run: str) -> None:

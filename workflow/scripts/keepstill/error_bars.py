@@ -30,8 +30,11 @@ def with_error_bars(estimates: dict[int, Estimate]) -> dict[int, Estimate]:
     shows most. What one volume says of itself is noisy; as far as volumes differ by no more than
     that noise makes them, it is the run's mean that counts.
     """
-    known = {t: e.disagreements for t, e in estimates.items() if np.isfinite(e.covariance).all()}
-    known = {t: disagreements for t, disagreements in known.items() if disagreements}
+    known = {
+        t: estimate.disagreements
+        for t, estimate in estimates.items()
+        if estimate.disagreements and np.isfinite(estimate.covariance).all()
+    }
     credible = [_credible(volumes) for volumes in zip(*known.values(), strict=True)]
     seen = np.max([np.full(len(known), _LEAST_SEEN), *credible], axis=0)
     factors = dict(zip(known, np.minimum(_UNSEEN * seen, _MOST_INFLATION), strict=True))

@@ -6,12 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill import geometry
-from keepstill.cuts import Cut, gathered, total_of
+from keepstill.cuts import Cells, Cut, gathered, total_of
 from keepstill.error_bars import directions, mean_square_mm2
 from keepstill.estimate import Disagreement, Estimate, allowed_step
 from keepstill.kernels.small import product, solution
 from keepstill.kernels.sums import (
     N_COLUMNS,
+    Points,
     block_sums,
     outside_normals,
     to_residuals,
@@ -86,7 +87,7 @@ def take_last_step(
     Returns
     -------
     Estimate
-        With covariances. That of the reference itself says by how far its own pose is off what
+        With its covariance. That of the reference itself says by how far its own pose is off what
         all volumes agree upon.
 
     Notes
@@ -105,10 +106,7 @@ def take_last_step(
     to_moving = to_moving_voxel(estimate, moving_affine, reference)
     residuals, spans = residuals_of(moving, to_moving, level, estimate.scale)
     model.take_off(residuals, reference, spans, to_moving)
-    cells = reference.cells
-    by_strip = block_sums(level.points.test_jacobian, residuals, cells.strip_ends)
-    sums = gathered(by_strip, cells.cell_of_strip, cells.n_cells)
-    outside = outside_normals(level.points, spans, cells.cell_of_row, cells.n_cells)
+    sums, outside = _by_cell(level.points, reference.cells, residuals, spans)
     normal, totals = level.normal - total_of(outside), total_of(sums)
     step, regular = allowed_step(normal, totals[:N_COLUMNS], reference.basis)
     if not regular or geometry.step_size_mm(step[:6, 0]) > _FURTHEST_MM:
@@ -123,11 +121,17 @@ def take_last_step(
         cost=float(np.sqrt(squares / max(n_inside, 1))) / reference.mean_intensity,
         scale=estimate.scale / (1.0 + float(step[6, 0])),
         covariance=_of_motion(into_motion, level.test_normal * variance),
-        disagreements=tuple(
-            _disagreement(cut, _left(cut, (sums, outside, step)), into_motion, variance)
-            for cut in level.cuts
-        ),
+        disagreements=_disagreements(level, (sums, outside, step), into_motion, variance),
     )
+
+
+def _by_cell(
+    points: Points, cells: Cells, residuals: NDArray[np.float32], spans: NDArray[np.int64]
+) -> tuple[Matrix, Matrix]:
+    """Sums (n_cells, 9) of residuals, and normal matrices (n_cells, 8, 8) of points outside."""
+    by_strip = block_sums(points.test_jacobian, residuals, cells.strip_ends)
+    sums = gathered(by_strip, cells.cell_of_strip, cells.n_cells)
+    return sums, outside_normals(points, spans, cells.cell_of_row, cells.n_cells)
 
 
 def _moved(estimate: Estimate, step: Matrix, reference: Reference) -> Matrix:
@@ -150,6 +154,13 @@ def _left(cut: Cut, found: tuple[Matrix, Matrix, Matrix]) -> Matrix:
     inside = cut.normals - gathered(outside, cut.part_of_cell, n_parts)
     right = gathered(sums, cut.part_of_cell, n_parts)[:, :N_COLUMNS]
     return right - product(inside.reshape(-1, N_COLUMNS), step).reshape(right.shape)
+
+
+def _disagreements(
+    level: Level, found: tuple[Matrix, Matrix, Matrix], into_motion: Matrix, variance: float
+) -> tuple[Disagreement, ...]:
+    left = ((cut, _left(cut, found)) for cut in level.cuts)
+    return tuple(_disagreement(cut, parts, into_motion, variance) for cut, parts in left)
 
 
 def _disagreement(cut: Cut, left: Matrix, into_motion: Matrix, variance: float) -> Disagreement:

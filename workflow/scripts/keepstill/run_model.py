@@ -30,7 +30,6 @@ from keepstill.kernels.aliasing import (
     Fitted,
     fill_factors,
     fit_fields,
-    longest,
     row_phases,
     take_off_aliasing,
     wave_tables,
@@ -129,7 +128,7 @@ def fitted_to(
     rows = reference.last.points.rows
     kept = [np.ascontiguousarray(to_moving[:3]) for to_moving in maps]
     phases = np.array([row_phases(to_moving, rows) for to_moving in kept])
-    tables = wave_tables(np.array(kept), longest(rows))
+    tables = wave_tables(np.array(kept), int(rows[:, 3].max()))
     return Fitted(
         residuals, np.array(slots, np.int64), np.array(spans), np.array(kept), phases, tables
     )

@@ -126,7 +126,7 @@ def fill_factors(
     ridge : float
         What is known of the waves' strength beforehand: noise variance over wave variance.
     """
-    rows, m, length = points.rows, fitted.slots.size, longest(points.rows)
+    rows, m, length = points.rows, fitted.slots.size, _longest(points.rows)
     waves = np.empty((N_FIELDS - 1, length), np.float32)
     normal = np.empty((N_FACTORS, length), np.float32)
     for r in range(rows.shape[0]):
@@ -144,9 +144,8 @@ def fill_factors(
                 factors[entry, at + i] = normal[entry, i]
 
 
-@kernel
-def longest(rows: NDArray[np.int64]) -> int:
-    """Number of points of the longest row."""
+@part
+def _longest(rows: NDArray[np.int64]) -> int:
     n = 0
     for r in range(rows.shape[0]):
         n = max(n, rows[r, 3])
@@ -228,7 +227,7 @@ def fit_fields(
     right : (m, 8) float64
         test_jacobian' (residuals - steps - fields) over the block.
     """
-    rows, m, length = points.rows, fitted.slots.size, longest(points.rows)
+    rows, m, length = points.rows, fitted.slots.size, _longest(points.rows)
     waves = np.empty((m, N_FIELDS - 1, length), np.float32)
     left = np.empty((m, length), np.float32)
     lanes = np.zeros((m, N_COLUMNS, length), np.float32)
@@ -397,7 +396,7 @@ def take_off_aliasing(
     fields : (7, n) float32
         From `fit_fields`.
     """
-    rows, length = points.rows, longest(points.rows)
+    rows, length = points.rows, _longest(points.rows)
     table = wave_tables(to_moving.reshape(1, 3, 4), length)[0]
     phases = row_phases(to_moving, rows)
     waves = np.empty((N_FIELDS - 1, length), np.float32)

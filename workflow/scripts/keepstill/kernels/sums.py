@@ -13,7 +13,7 @@ N_COLUMNS = 8
 # Point i is added to lane i % 128 of a sum: the order is fixed, and lanes do not wait for one
 # another.
 SUM_LANES = 128
-# Fewer points are not worth as many.
+# Sums over fewer points than the first number go by as many lanes as the second.
 _FEW, _FEW_LANES = 4 * SUM_LANES, 32
 
 
@@ -84,19 +84,28 @@ def to_residuals(
 @kernel
 def outside_normal(points: Points, spans: NDArray[np.int64]) -> NDArray[np.float64]:
     """test_jacobian' jacobian over the points outside the spans, (8, 8) float64."""
-    out = np.zeros((N_COLUMNS, N_COLUMNS))
-    for r in range(points.rows.shape[0]):
-        n, first = points.rows[r, 3], points.rows[r, 4]
-        _add_outer(out, points, first, first + spans[r, 0])
-        _add_outer(out, points, first + spans[r, 1], first + n)
-    return out
+    whole = np.zeros(points.rows.shape[0], np.int64)
+    return outside_normals(points, spans, whole, 1)[0]
 
 
 @kernel
 def outside_normals(
     points: Points, spans: NDArray[np.int64], parts: NDArray[np.int64], n_parts: int
 ) -> NDArray[np.float64]:
-    """The same for the rows of each part, (n_parts, 8, 8) float64; parts (n_rows,) tells it."""
+    """test_jacobian' jacobian over the points of each part that lie outside the spans.
+
+    Parameters
+    ----------
+    points : Points
+    spans : (n_rows, 2) int64
+    parts : (n_rows,) int64
+        Part that each row belongs to, 0 to n_parts - 1.
+    n_parts : int
+
+    Returns
+    -------
+    normals : (n_parts, 8, 8) float64
+    """
     out = np.zeros((n_parts, N_COLUMNS, N_COLUMNS))
     for r in range(points.rows.shape[0]):
         n, first = points.rows[r, 3], points.rows[r, 4]

@@ -281,6 +281,23 @@ def take_off_aliasing(residuals, points, spans, to_moving, fields):
     return out
 
 
+def left_of(points, fitted, fields, steps):
+    """What fields and steps leave of residuals at the points of rows, (m, k)."""
+    out = []
+    for voxel, place in voxels_of(points.rows):
+        w = waves_of_volumes(points, fitted, voxel, place)
+        residuals = fitted.residuals[fitted.slots, place] - steps @ points.jacobian[:, place]
+        out.append(w[:, 0] * residuals - w @ fields[:, place])
+    return np.array(out).T
+
+
+def take_off_pattern(residuals, points, spans, pattern, probe):
+    """Residuals without the part of a pattern that a probe finds, inside the spans; that part."""
+    inside = is_in_span(points, spans)
+    amount = (probe[inside] @ residuals[inside]) / (probe[inside] @ pattern[inside])
+    return residuals - np.where(inside, amount * pattern, 0), amount
+
+
 def take_off_columns(residuals, points, spans, columns, factors):
     """Residuals without a sum of columns, inside the spans."""
     inside = is_in_span(points, spans)

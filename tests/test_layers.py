@@ -20,7 +20,7 @@ LAYERS = (
     ("stage", "scopes"),
     ("read", "reference"),
     ("estimate", "reslice", "figures", "maps", "write", "mean_echo"),
-    ("scanner_effects", "error_bars", "transforms", "wide_start"),
+    ("scanner_effects", "activity", "error_bars", "transforms", "wide_start"),
     ("other_contrast",),
     ("run_model",),
     ("last_step", "realigned"),

@@ -5,7 +5,7 @@ import pytest
 
 import naive
 from keepstill import phantom
-from keepstill.kernels import aliasing
+from keepstill.kernels import aliasing, courses
 from keepstill.kernels.sums import N_COLUMNS, Points
 
 RIDGE = 1.0
@@ -146,3 +146,42 @@ def test_take_off_columns(points, fitted):
     expected = naive.take_off_columns(residuals, points, spans, columns, factors)
     np.testing.assert_allclose(found, expected, atol=2e-6)
     assert (found[~naive.is_in_span(points, spans)] == 0).all()
+
+
+def test_fill_left(points, block, fitted):
+    """Of rows in the middle, whose points come one after the other."""
+    rng = np.random.default_rng(11)
+    fields = rng.normal(size=(aliasing.N_FIELDS, points.values.size)).astype(np.float32)
+    steps = rng.normal(size=(len(fitted.slots), N_COLUMNS)).astype(np.float32)
+    left = np.full((len(fitted.slots), int(block[0].rows[:, 3].sum())), np.nan, np.float32)
+    courses.fill_left(left, *block, fields, steps)
+    np.testing.assert_allclose(left, naive.left_of(*block, fields, steps), atol=1e-4)
+
+
+def test_maps_and_courses():
+    rng = np.random.default_rng(12)
+    left = rng.normal(size=(9, 300)).astype(np.float32)
+    course, weights = rng.normal(size=9), rng.normal(size=300) * (rng.random(300) < 0.2)
+    np.testing.assert_allclose(courses.map_of(left, course), course @ left.astype(float))
+    np.testing.assert_allclose(courses.course_of(left, weights), left.astype(float) @ weights)
+
+
+def test_take_off_pattern(points, fitted):
+    rng = np.random.default_rng(13)
+    pattern = rng.normal(size=points.values.size).astype(np.float32)
+    probe = pattern + rng.normal(size=pattern.size).astype(np.float32) / 4
+    for slot, spans in zip(fitted.slots, fitted.spans, strict=True):
+        found = fitted.residuals[slot].copy()
+        amount = courses.take_off_pattern(found, points, spans, pattern, probe)
+        expected, part = naive.take_off_pattern(
+            fitted.residuals[slot], points, spans, pattern, probe
+        )
+        assert amount == pytest.approx(part, rel=1e-5)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, abs(part)))
+
+
+def test_no_probe_takes_nothing_off(points, fitted):
+    nothing, residuals = np.zeros(points.values.size, np.float32), fitted.residuals[0].copy()
+    spans = fitted.spans[0]
+    assert courses.take_off_pattern(residuals, points, spans, nothing, nothing) == 0
+    np.testing.assert_array_equal(residuals, fitted.residuals[0])

@@ -18,7 +18,7 @@ from keepstill.error_bars import (
 )
 from keepstill.last_step import take_last_step
 from keepstill.reference import Acquisition, prepare_reference
-from keepstill.run_model import NO_MODEL
+from keepstill.run_model import NO_MODEL, RunModel
 
 SHAPE, SIZES_MM = (64, 64, 36), (3.4, 3.4, 3.5)
 AFFINE = phantom.grid_affine(SHAPE, SIZES_MM)
@@ -184,6 +184,21 @@ def test_slices_that_moved_on_their_own_are_seen(turned):
     )
     by_slab = (found.disagreements[1].ratio, calm.disagreements[1].ratio)
     assert by_slab[0] > 5 * by_slab[1] and by_slab[0] > 1.5 * found.disagreements[0].ratio
+
+
+def test_aliasing_is_told_over_what_is_left(turned):
+    """Waves of twice the residuals' power; a model without any has none."""
+    _, volumes, reference, (_, estimate) = turned
+    moving = modelled.moving_of(volumes[1], reference)
+    plain = take_last_step(moving, AFFINE, reference, estimate, NO_MODEL)
+    n = reference.last.points.values.size
+    nothing = RunModel(np.zeros((7, n), np.float32))
+    finer = take_last_step(moving, AFFINE, reference, estimate, nothing)
+    power = 2 * (finer.cost * reference.mean_intensity) ** 2
+    waves = replace(nothing, wave_power=power)
+    found = take_last_step(moving, AFFINE, reference, estimate, waves)
+    assert plain.aliasing == finer.aliasing == 0
+    assert found.aliasing == pytest.approx(2, rel=0.001)
 
 
 def test_noise_alone_gives_the_covariance_that_it_says(turned):

@@ -15,12 +15,13 @@ Matrix = NDArray[np.float64]
 _HEAD_RADIUS_MM = 65.0
 # The normal distribution is below this number of standard deviations with probability 0.68.
 _SIGMAS = 0.46770
-# What parts of the head cannot show, since it is alike in all of them: fields that were themselves
-# fitted, and what is left of aliasing. Fitted once, to drift, jitter and oblique runs of other
-# heads, motion and noise than the benchmark's (docs/benchmark.md).
-_UNSEEN = 1.1
-# Parts cannot show less than noise; nor is a volume believed to be worse than noise by more.
-_LEAST_SEEN, _MOST_INFLATION = 1.0, 100.0
+# What parts of the head cannot show, since it is alike in neighbours, or in all of them. That they
+# disagree by more than noise counts so many times; and the more aliasing was taken off, the more of
+# it is left. Both were fitted once, to other heads, motion and noise than the benchmark's
+# (docs/benchmark.md).
+_ALIKE_IN_NEIGHBOURS, _ALIASING_LEFT = 1.2, 0.03
+# No volume is believed to be worse than noise by more.
+_MOST_INFLATION = 100.0
 
 
 def with_error_bars(estimates: dict[int, Estimate]) -> dict[int, Estimate]:
@@ -28,18 +29,21 @@ def with_error_bars(estimates: dict[int, Estimate]) -> dict[int, Estimate]:
 
     How far parts of the head disagree multiplies it: of the ways to cut the head, the one that
     shows most. What one volume says of itself is noisy; as far as volumes differ by no more than
-    that noise makes them, it is the run's mean that counts.
+    that noise makes them, it is the run's mean that counts. To that comes what is left of
+    aliasing, by the square of its power over that of noise.
     """
     known = {
-        t: estimate.disagreements
+        t: estimate
         for t, estimate in estimates.items()
         if estimate.disagreements and np.isfinite(estimate.covariance).all()
     }
-    credible = [_credible(volumes) for volumes in zip(*known.values(), strict=True)]
-    seen = np.max([np.full(len(known), _LEAST_SEEN), *credible], axis=0)
-    factors = dict(zip(known, np.minimum(_UNSEEN * seen, _MOST_INFLATION), strict=True))
+    by_cut = zip(*(estimate.disagreements for estimate in known.values()), strict=True)
+    seen = np.max([np.ones(len(known)), *map(_credible, by_cut)], axis=0)
+    left = _ALIASING_LEFT * np.array([estimate.aliasing for estimate in known.values()]) ** 2
+    most = np.minimum(1.0 + _ALIKE_IN_NEIGHBOURS * (seen - 1.0) + left, _MOST_INFLATION)
+    factors = dict(zip(known, most, strict=True))
     return {
-        t: replace(estimate, covariance=estimate.covariance * factors.get(t, _UNSEEN * _LEAST_SEEN))
+        t: replace(estimate, covariance=estimate.covariance * factors.get(t, 1.0))
         for t, estimate in estimates.items()
     }
 

@@ -87,6 +87,8 @@ class Estimate:
         by the residuals' variance as if they were noise.
     disagreements : tuple of Disagreement
         How far parts of the head disagree, for each way to cut it.
+    aliasing : float
+        Power of the run's fields of aliasing over that of what is left in the volume's residuals.
     """
 
     moving_from_reference: NDArray[np.float64]
@@ -98,6 +100,7 @@ class Estimate:
     lost_slices: tuple[int, ...] = ()
     covariance: NDArray[np.float64] = field(default_factory=_unknown)
     disagreements: tuple[Disagreement, ...] = ()
+    aliasing: float = 0.0
 
 
 @dataclass

@@ -122,6 +122,7 @@ def take_last_step(
         scale=estimate.scale / (1.0 + float(step[6, 0])),
         covariance=_of_motion(into_motion, level.test_normal * variance),
         disagreements=_disagreements(level, (sums, outside, step), into_motion, variance),
+        aliasing=model.wave_power / variance if variance > 0 else 0.0,
     )
 
 

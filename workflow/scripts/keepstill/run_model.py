@@ -1,4 +1,4 @@
-"""What the volumes of a run have in common beyond the head: aliasing, and the coil's shading.
+"""What the volumes of a run have in common beyond the head: aliasing, shading, activity.
 
 Sampling at voxels folds detail finer than two voxels down among the coarse, with a phase that
 turns once while the head moves by one voxel. A fit takes part of it for motion. Seen from the
@@ -13,7 +13,8 @@ taking off what they predict leaves the motion that the fold had hidden. Motion 
 determine each other, and weakly where motion goes as the waves do: fitted in turn they would need
 hundreds of rounds.
 
-What stays with the scanner is fitted before, and taken off (see `keepstill.scanner_effects`).
+What stays with the scanner is fitted before, and taken off (see `keepstill.scanner_effects`); what
+changes in parts of the head is looked for in what is left then (see `keepstill.activity`).
 """
 
 import itertools
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from keepstill.activity import Activity, find_activity
 from keepstill.estimate import allowed_step
 from keepstill.kernels.aliasing import (
     N_FACTORS,
@@ -67,6 +69,9 @@ class RunModel:
     fields : (7, n) float32 or None
         Constant, and cosine and sine for each axis, at the points of the reference's last level.
     effects : ScannerEffects
+    activity : Activity or None
+    wave_power : float
+        Mean square of cosines and sines at a point, all axes together.
     explained : float
         Part of the noise of a volume that the fields were fitted to which they explain: 7 numbers
         a point over the number of volumes, or less where the volumes' waves are alike.
@@ -76,6 +81,8 @@ class RunModel:
 
     fields: NDArray[np.float32] | None
     effects: ScannerEffects = NO_EFFECTS
+    activity: Activity | None = None
+    wave_power: float = 0.0
     explained: float = 0.0
     learnt_from: frozenset[int] = frozenset()
 
@@ -101,6 +108,8 @@ class RunModel:
         if self.fields is not None:
             points = reference.last.points
             take_off_aliasing(residuals, points, spans, to_moving[:3], self.fields)
+        if self.activity is not None:
+            self.activity.take_off(residuals, reference.last.points, spans)
 
 
 NO_MODEL = RunModel(None)
@@ -135,7 +144,7 @@ def fitted_to(
 
 
 def fit_run_model(reference: Reference, fitted: Fitted, team: Team) -> RunModel:
-    """Fit what stays with the scanner, and aliasing, to some volumes of a run.
+    """Fit what stays with the scanner, aliasing and activity to some volumes of a run.
 
     Parameters
     ----------
@@ -146,20 +155,24 @@ def fit_run_model(reference: Reference, fitted: Fitted, team: Team) -> RunModel:
     team : Team
     """
     effects = fit_scanner_effects(reference, fitted, team)
-    fields, freedom = _fit_fields(reference, fitted, team)
-    return RunModel(fields, effects, freedom / len(fitted.slots))
+    fields, steps, freedom = _fit_fields(reference, fitted, team)
+    rows = reference.last.points.rows
+    some = stands_for_all(rows, rows_apart(rows))
+    activity = find_activity(reference, fitted, (fields, steps), some, team)
+    wave_power = float(np.square(fields[1:], dtype=np.float64).sum(axis=0).mean())
+    return RunModel(fields, effects, activity, wave_power, freedom / len(fitted.slots))
 
 
 def _fit_fields(
     reference: Reference, fitted: Fitted, team: Team
-) -> tuple[NDArray[np.float32], float]:
+) -> tuple[NDArray[np.float32], Matrix, float]:
     """Fields of aliasing, solved for together with the volumes' steps; and their freedom."""
     work = _FieldsWork(reference, fitted, team)
     steps = np.zeros((len(fitted.slots), N_COLUMNS))
     for _ in range(_CORRECTIONS):
         steps = steps + work.solved(work.change(steps))
     work.change(steps)
-    return work.gathered(), work.freedom()
+    return work.gathered(), steps, work.freedom()
 
 
 class _FieldsWork:
@@ -179,14 +192,14 @@ class _FieldsWork:
 
     def _fill_factors(self, block: int) -> None:
         points, rows = self._parts[block]
-        fill_factors(self._factors, points, _of_rows(self._fitted, rows), _RIDGE)
+        fill_factors(self._factors, points, self._fitted.of_rows(rows), _RIDGE)
 
     def change(self, steps: Matrix) -> Matrix:
         """Changes (m, 8) that the volumes ask for after some steps, with the fields fitted then."""
 
         def right_of(block: int) -> Matrix:
             points, rows = self._parts[block]
-            return self._fitted_right(points, _of_rows(self._fitted, rows), steps)
+            return self._fitted_right(points, self._fitted.of_rows(rows), steps)
 
         return self._steps_of(sum(self._team.each(right_of), np.zeros(steps.shape)))
 
@@ -210,7 +223,7 @@ class _FieldsWork:
             points, rows = self._parts[block]
             chosen = stands_for_all(points.rows, self._rows_apart)
             few = points._replace(rows=np.ascontiguousarray(points.rows[chosen]))
-            of_few = _of_rows(self._fitted, np.arange(rows.start, rows.stop)[chosen])
+            of_few = self._fitted.of_rows(np.arange(rows.start, rows.stop)[chosen])
             return self._fitted_right(few, of_few._replace(residuals=nothing, slots=slots), steps)
 
         return sum(self._team.each(right_of), np.zeros(steps.shape))
@@ -240,11 +253,6 @@ class _FieldsWork:
         for extent, values in (part for parts in self._team.gather(mine) for part in parts):
             self._fields[:, extent] = values
         return self._fields
-
-
-def _of_rows(fitted: Fitted, rows: slice | NDArray[np.int64]) -> Fitted:
-    spans, phases = fitted.spans[:, rows], fitted.phases[:, rows]
-    return fitted._replace(spans=np.ascontiguousarray(spans), phases=np.ascontiguousarray(phases))
 
 
 def rows_apart(rows: NDArray[np.int64]) -> int:

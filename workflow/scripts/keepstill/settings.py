@@ -57,7 +57,7 @@ class EstimateSettings:
 
     degree: int = 5
     lowpass_fwhm_voxels: float = 1.8
-    last_lowpass_fwhm_voxels: float = 1.4
+    last_lowpass_fwhm_voxels: float = 1.1
     tolerance_mm: float = 0.01
     max_iterations: int = 40
     model_volumes: int = 96

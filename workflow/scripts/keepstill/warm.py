@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from keepstill import geometry
+from keepstill.activity import Activity
 from keepstill.estimate import estimate_motion
 from keepstill.figures import series_figures
 from keepstill.kernels.cache import WARM, cache_dir, held
@@ -68,7 +69,9 @@ def warm_kernels() -> None:
 def _model(moving: Moving, reference: Reference) -> RunModel:
     """A model of one volume's residuals."""
     residuals, spans = residuals_of(moving, np.eye(4), reference.last, 1.0)
-    fitted = fitted_to(reference, residuals[None].copy(), [0], [spans], [np.eye(4)])
+    some = np.linspace(0.0, 1.0, residuals.size, dtype=np.float32)
+    fitted = fitted_to(reference, residuals[None] + some, [0], [spans], [np.eye(4)])
     team = Team(range(len(reference.blocks) - 1), 1, lambda value: [value])
     model = fit_run_model(reference, fitted, team)
-    return replace(model, effects=ScannerEffects(np.full((4, 4), 1e-9), 1e-9))
+    effects = ScannerEffects(np.full((4, 4), 1e-9), 1e-9)
+    return replace(model, effects=effects, activity=Activity(some, some))

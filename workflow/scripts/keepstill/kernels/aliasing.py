@@ -48,6 +48,11 @@ class Fitted(NamedTuple):
     phases: NDArray[np.float32]
     tables: NDArray[np.float32]
 
+    def of_rows(self, rows: slice | NDArray[np.int64]) -> "Fitted":
+        """The same volumes with the spans and phases of some rows alone."""
+        spans, phases = self.spans[:, rows], self.phases[:, rows]
+        return self._replace(spans=np.ascontiguousarray(spans), phases=np.ascontiguousarray(phases))
+
 
 @kernel
 def wave_tables(maps: NDArray[np.float64], n: int) -> NDArray[np.float32]:

@@ -329,10 +329,10 @@ def product(a, b):
     return a @ b
 
 
-def add_volume(sums, volume, origin, time):
-    """Sums of x, time x and x^2, with another volume."""
-    x = volume.astype(float) - origin.astype(float)
-    return sums + np.stack([x, time * x, x * x])
+def add_volumes(sums, volumes, origin, times):
+    """Sums of x, time x and x^2, with more volumes."""
+    x, time = volumes.astype(float) - origin.astype(float), times[:, None]
+    return sums + np.stack([x.sum(axis=0), (time * x).sum(axis=0), (x * x).sum(axis=0)])
 
 
 def density(shape, centres, spreads, brights, spacing=1.0, origin=0.0, dtype=float, each=False):
@@ -370,6 +370,11 @@ def fill_moments(block):
         lag1 = (centred[1:] * centred[:-1]).sum() / power if power > 0 else 0.0
         out[:, i] = line.mean(), (rest**2).sum() / max(len(line) - 2, 1), lag1
     return out
+
+
+def fill_chosen(series, volumes, voxels):
+    """Some voxels of some volumes."""
+    return series[np.ix_(volumes, voxels)]
 
 
 def fill_ranked(block, rank):

@@ -290,12 +290,14 @@ def test_singular_matrix_is_said_to_be():
         geometry.inverse(np.zeros((4, 4)))
 
 
-def test_moments():
-    volume, origin = volume_of((50,), 1), volume_of((50,), 2)
-    before = np.random.default_rng(3).normal(size=(3, 50))
-    found = before.copy()
-    moments.add_volume(found, volume, origin, -2.5)
-    np.testing.assert_allclose(found, naive.add_volume(before, volume, origin, -2.5), rtol=1e-12)
+@pytest.mark.parametrize("n_voxels", [50, 700])
+def test_moments(n_voxels):
+    volumes, origin = volume_of((3, n_voxels), 1), volume_of((n_voxels,), 2)
+    before = np.random.default_rng(3).normal(size=(3, n_voxels))
+    found, times = before.copy(), np.array([-2.5, 0.0, 4.0])
+    moments.add_volumes(found, volumes, origin, times)
+    expected = naive.add_volumes(before, volumes, origin, times)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 3, 50])
@@ -320,12 +322,16 @@ def test_ranked(seed, scale):
     rank, out = int(rng.integers(0, 21)), np.full(70, np.nan, np.float32)
     series.fill_ranked(block, rank, out)
     np.testing.assert_array_equal(out, naive.fill_ranked(block, rank))
-    counts = np.zeros(1 << 16, np.int64)
-    series.count_halves(block.ravel(), -1, counts)
-    assert counts.sum() == block.size
-    upper = int(np.flatnonzero(counts)[0])
-    lower = np.zeros_like(counts)
-    series.count_halves(block.ravel(), upper, lower)
-    assert lower.sum() == counts[upper]
-    smallest = series.float_of((upper << 16) + int(np.flatnonzero(lower)[0]))
-    assert smallest == block.min()
+    volumes, voxels = np.array([20, 3, 0, 7]), np.flatnonzero(rng.random(70) < 0.6)
+    chosen = np.full((4, voxels.size), np.nan, np.float32)
+    series.fill_chosen(block, volumes, voxels, chosen)
+    np.testing.assert_array_equal(chosen, naive.fill_chosen(block, volumes, voxels))
+    smallest = chosen.min() + np.float32(0)  # zeros of both signs are one value, and two keys
+    counts = np.zeros((2, 1 << 16), np.int64)
+    series.count_halves(block, (volumes, voxels), -1, counts)
+    assert counts[0].sum() == chosen.size and not counts[1].any()
+    upper = int(np.flatnonzero(counts[0])[0])
+    series.count_halves(block, (volumes, voxels), upper, counts)
+    assert counts[0].sum() == 2 * chosen.size and 2 * counts[1].sum() == counts[0, upper]
+    found = series.float_of((upper << 16) + int(np.flatnonzero(counts[1])[0]))
+    assert found == smallest

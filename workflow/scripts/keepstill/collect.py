@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,6 +34,7 @@ from keepstill.realigned import OUTPUTS, Realigned, open_result
 from keepstill.reslice import carried_mask, coverage
 from keepstill.settings import RealignSettings
 from keepstill.sidecars import BIDSIGNORE, README, dataset_description, sidecar
+from keepstill.team import in_threads
 
 
 @dataclass(frozen=True)
@@ -189,18 +189,17 @@ def describe_dataset(output_dir: Path, bids_dir: str | None) -> None:
 
 
 def _find(result: Realigned, n_threads: int) -> Findings:
-    brain, covered = brain_mask(result.reference), _covered(result)
+    brain, covered = brain_mask(result.reference), _covered(result, n_threads)
     if result.missing is not None and result.is_on_own_grid:
         brain &= ~result.missing
     before = after = series = None
     if result.series is not None:
         resliced = result.series
         chosen, good = _compared(result), np.flatnonzero(~result.failed)
-        with ThreadPoolExecutor(n_threads) as pool:
-            figured = pool.submit(figures.series_figures, resliced, good, brain & covered)
-            raw = pool.submit(temporal_moments, result.run.volume, chosen)
-            realigned = pool.submit(temporal_moments, lambda t: resliced[t], chosen)
-        before, after, series = raw.result(), realigned.result(), figured.result()
+        own, new = result.run.voxels.shape[1:], resliced.shape[1:]
+        before = temporal_moments(result.run.slab, chosen, own, n_threads)
+        after = temporal_moments(lambda t, z: resliced[t, z], chosen, new, n_threads)
+        series = figures.series_figures(resliced, good, brain & covered, n_threads)
     return Findings(brain, covered, before, after, make_confounds(result, series, brain))
 
 
@@ -210,9 +209,13 @@ def _compared(result: Realigned) -> NDArray[np.intp]:
     return chosen if chosen.size else np.arange(result.run.n_volumes)
 
 
-def _covered(result: Realigned) -> NDArray[np.bool_]:
+def _covered(result: Realigned, n_threads: int) -> NDArray[np.bool_]:
     """Where all volumes that were realigned have data: beyond, figures would see the border."""
-    covered = _seen(result, ~result.failed)
+    good = np.flatnonzero(~result.failed)
+    shares = [good[k::n_threads] for k in range(n_threads)]
+    covered = np.logical_and.reduce(
+        in_threads(n_threads, lambda share: _seen(result, share), shares)
+    )
     if result.missing is not None and result.is_on_own_grid:
         covered &= ~dilated(result.missing, 1)
     return covered

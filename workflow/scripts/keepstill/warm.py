@@ -61,7 +61,7 @@ def warm_kernels() -> None:
     brain = brain_mask(volume)
     grid = affine, (volume.shape[2], volume.shape[1], volume.shape[0])
     coverage(estimate.moving_from_reference[None], grid, affine, out.shape)
-    temporal_moments(lambda t: out, np.arange(2))
+    temporal_moments(lambda t, z: np.stack([out, out])[t, z], np.arange(2), out.shape)
     series_figures(np.stack([volume, out, volume + out]), np.arange(3), brain)
 
 

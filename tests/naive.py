@@ -329,6 +329,11 @@ def product(a, b):
     return a @ b
 
 
+def fill_int16(voxels, slope, inter):
+    """Stored values: scaled, rounded to nearest, half to even, cut off at +-32767."""
+    return np.clip(np.rint((voxels - inter) / slope), -32767, 32767).astype(np.int16)
+
+
 def add_volumes(sums, volumes, origin, times):
     """Sums of x, time x and x^2, with more volumes."""
     x, time = volumes.astype(float) - origin.astype(float), times[:, None]

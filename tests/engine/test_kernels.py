@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import naive
 from keepstill import geometry, phantom
-from keepstill.kernels import bspline, components, moments, sampling, series, small, sums
+from keepstill.kernels import bspline, components, integers, moments, sampling, series, small, sums
 from keepstill.reference import Acquisition, prepare_reference
 from keepstill.settings import EstimateSettings
 
@@ -288,6 +288,19 @@ def test_singular_matrix_is_said_to_be():
     assert not small.solution(np.ones((3, 3)), np.eye(3))[1]
     with pytest.raises(ValueError, match="singular"):
         geometry.inverse(np.zeros((4, 4)))
+
+
+@given(st.floats(2**-9, 2**9, width=32), st.floats(-(2**13), 2**13, width=32), st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_stored_integers(slope, inter, seed):
+    """Every one as numpy makes it: halves, values beyond the ends and infinite ones too."""
+    slope, inter, rng = np.float32(slope), np.float32(inter), np.random.default_rng(seed)
+    voxels = (rng.uniform(-40_000, 40_000, 301).astype(np.float32) * slope + inter)[:300]
+    voxels[:20] = (rng.integers(-99, 99, 20) + np.float32(0.5)) * slope + inter
+    voxels[20:22] = np.inf, -np.inf
+    found = np.zeros(voxels.shape, np.int16)
+    integers.fill_int16(voxels, slope, inter, found)
+    np.testing.assert_array_equal(found, naive.fill_int16(voxels, slope, inter))
 
 
 @pytest.mark.parametrize("n_voxels", [50, 700])

@@ -1,8 +1,9 @@
 """Collecting a realigned run: from the stage root to the output directory, manifest last."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,10 +20,10 @@ from keepstill.confounds import (
     make_confounds,
 )
 from keepstill.errors import OutputError, counted
-from keepstill.files import alone, put_file, put_text
+from keepstill.files import Written, alone, put_file, put_text
 from keepstill.manifest import (
     Manifest,
-    describe_outputs,
+    outputs_of,
     remember_inputs,
     withdraw_manifest,
     write_manifest,
@@ -92,17 +93,16 @@ def collect_run(
         findings = _find(result, n_threads)
         summary = _summary(result, findings)
         outdated = withdraw_manifest(output_dir, result.run.run)
-        paths: list[Path] = []
+        written: dict[Path, Written] = {}
         try:
-            for path in _write_all(result, findings, output_dir, n_threads):
-                paths.append(path)
-            _complete(result, output_dir, describe_outputs(output_dir, paths), summary)
+            written = _write_all(result, findings, output_dir, n_threads)
+            _complete(result, output_dir, outputs_of(output_dir, written), summary)
         except BaseException:
             outdated |= paths_of_run
-            paths.clear()  # half of a run's files would pass for the run
+            written = {}  # half of a run's files would pass for the run
             raise
         finally:
-            for path in outdated - set(paths):
+            for path in outdated - set(written):
                 path.unlink(missing_ok=True)  # made by other settings, and no longer true
     return summary
 
@@ -285,10 +285,34 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 def _write_all(
     result: Realigned, findings: Findings, output_dir: Path, n_threads: int
-) -> Iterator[Path]:
-    """Write every output and its sidecar; yield their paths."""
+) -> dict[Path, Written]:
+    """Write every output and its sidecar."""
     folder = output_dir / PurePosixPath(result.run.found["folder"])
     table = {name: column.tolist() for name, column in findings.confounds.items()}
+    put: dict[str, Callable[[Path], Written]] = {}
+    if result.writes_series:
+        put["bold"] = lambda path: _put_series(result, findings.coverage, path, n_threads)
+    put["confounds"] = lambda path: write.put_table(path, table)
+    transforms = write.itk_transforms(result.moving_from_reference).encode()
+    put["transforms"] = lambda path: put_file(path, [transforms])
+    for output, volume in _volumes(result, findings).items():
+        header = _header(result, output, volume)
+        put[output] = partial(write.put_volume, header=header, volume=volume)
+
+    def put_output(output: str) -> dict[Path, Written]:
+        path = folder / result.name(output)
+        written = put[output](path)
+        fields = sidecar(result, output, output_dir, table if output == "confounds" else ())
+        return {path: written, _beside(path): write.put_json(_beside(path), fields)}
+
+    # The series comes first, and a second thread writes the others meanwhile: it mostly waits for
+    # the disk.
+    all_written = in_threads(min(n_threads, 2), put_output, put)
+    return {path: what for each in all_written for path, what in each.items()}
+
+
+def _volumes(result: Realigned, findings: Findings) -> dict[str, NDArray[Any]]:
+    """Outputs that are one volume, (nz, ny, nx)."""
     volumes: dict[str, NDArray[Any]] = {
         "boldref": result.reference,
         "brain": findings.brain.astype(np.uint8),
@@ -297,29 +321,16 @@ def _write_all(
     if findings.before and findings.after:
         volumes["tsnr_before"] = findings.before.tsnr()
         volumes["tsnr_after"] = findings.after.tsnr() * findings.coverage
-    path = folder / result.name("confounds")
-    write.put_table(path, table)
-    yield from (path, _put_sidecar(path, sidecar(result, "confounds", output_dir, table)))
-    path = folder / result.name("transforms")
-    put_file(path, [write.itk_transforms(result.moving_from_reference).encode()])
-    yield from (path, _put_sidecar(path, sidecar(result, "transforms", output_dir)))
-    for output, volume in volumes.items():
-        path = folder / result.name(output)
-        write.put_volume(path, _header(result, output, volume), volume)
-        yield from (path, _put_sidecar(path, sidecar(result, output, output_dir)))
-    if result.writes_series:
-        path = folder / result.name("bold")
-        _write_series(result, findings.coverage, path, n_threads)
-        yield from (path, _put_sidecar(path, sidecar(result, "bold", output_dir)))
+    return volumes
 
 
-def _write_series(
+def _put_series(
     result: Realigned, covered: NDArray[np.bool_], path: Path, n_threads: int
-) -> None:
+) -> Written:
     dtype, shape = result.settings.output_dtype, (result.run.n_volumes, *result.reference.shape)
     header = made_header(result.run.layout.header, result.affine, shape[::-1], dtype)
     header["pixdim"][4] = result.run.found["tr_s"] or 0
-    write.put_series(path, header, lambda: _as_written(result, covered), n_threads)
+    return write.put_series(path, header, lambda: _as_written(result, covered), n_threads)
 
 
 def _as_written(result: Realigned, covered: NDArray[np.bool_]) -> Iterator[NDArray[np.float32]]:
@@ -343,12 +354,6 @@ def _header(result: Realigned, output: str, volume: NDArray[Any]) -> Any:
     layout = result.run.layout
     affine = layout.affine if output == "tsnr_before" else result.affine
     return made_header(layout.header, affine, volume.shape[::-1], str(volume.dtype))
-
-
-def _put_sidecar(path: Path, values: dict[str, Any]) -> Path:
-    """Write the JSON beside a file."""
-    write.put_json(_beside(path), values)
-    return _beside(path)
 
 
 def _beside(path: Path) -> Path:

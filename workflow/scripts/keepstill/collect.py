@@ -262,6 +262,8 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
 
 def _in_run(mask: NDArray[np.bool_], result: Realigned) -> NDArray[np.bool_]:
     """A mask of the result where the run as it came shows the same tissue."""
+    if result.is_on_own_grid and np.array_equal(result.run_from_reference, np.eye(4)):
+        return mask
     reference_from_run = geometry.inverse(result.run_from_reference)
     return carried_mask(mask, result.affine, result.own_grid, reference_from_run)
 

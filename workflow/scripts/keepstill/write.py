@@ -145,15 +145,16 @@ def put_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> Written:
     """Write a BIDS table: tabs, nine significant digits, ``n/a`` for what is missing."""
     out = io.StringIO()
     out.write("\t".join(columns) + "\n")
-    for row in zip(*map(_cells, columns.values()), strict=True):
-        out.write("\t".join(row) + "\n")
+    in_words = [_wording(column) for column in columns.values()]
+    for row in zip(*columns.values(), strict=True):
+        out.write("\t".join([word(value) for word, value in zip(in_words, row, strict=True)]))
+        out.write("\n")
     return put_file(path, [out.getvalue().encode()])
 
 
-def _cells(column: Sequence[Any]) -> list[str]:
-    """A column as text; most are whole numbers, one column for each outlier."""
-    is_whole = set(map(type, column)) == {int}
-    return list(map(str if is_whole else _cell, column))
+def _wording(column: Sequence[Any]) -> Callable[[Any], str]:
+    """What makes text of a column's cells; most are whole numbers, a column for each outlier."""
+    return str if set(map(type, column)) == {int} else _cell
 
 
 def _cell(value: Any) -> str:

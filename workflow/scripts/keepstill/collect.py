@@ -2,10 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,8 @@ from keepstill.reslice import carried_mask, coverage
 from keepstill.settings import RealignSettings
 from keepstill.sidecars import BIDSIGNORE, README, dataset_description, sidecar
 from keepstill.team import in_threads
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -307,10 +310,26 @@ def _write_all(
         fields = sidecar(result, output, output_dir, table if output == "confounds" else ())
         return {path: written, _beside(path): write.put_json(_beside(path), fields)}
 
-    # The series comes first, and a second thread writes the others meanwhile: it mostly waits for
-    # the disk.
-    all_written = in_threads(min(n_threads, 2), put_output, put)
-    return {path: what for each in all_written for path, what in each.items()}
+    first, *others = put  # the series, if there is one, is by far the largest
+    written = _beside_each_other(
+        lambda: put_output(first), lambda: [put_output(other) for other in others], n_threads
+    )
+    return {path: what for each in written for path, what in each.items()}
+
+
+def _beside_each_other(
+    longest: Callable[[], T], others: Callable[[], list[T]], n_threads: int
+) -> list[T]:
+    """Results of the longest work and of others, which a second thread does if there may be one.
+
+    Writing small files is mostly waiting for the disk. The longest work stays with this thread:
+    what interrupts it ends it at once.
+    """
+    if n_threads == 1:
+        return [longest(), *others()]
+    with ThreadPoolExecutor(1) as pool:
+        meanwhile = pool.submit(others)
+        return [longest(), *meanwhile.result()]
 
 
 def _volumes(result: Realigned, findings: Findings) -> dict[str, NDArray[Any]]:

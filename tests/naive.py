@@ -346,10 +346,15 @@ def product(a, b):
     return a @ b
 
 
-def add_volume(sums, volume, origin, time):
-    """Sums of x, time x and x^2, with another volume."""
-    x = volume.astype(float) - origin.astype(float)
-    return sums + np.stack([x, time * x, x * x])
+def fill_int16(voxels, slope, inter):
+    """Stored values: scaled, rounded to nearest, half to even, cut off at +-32767."""
+    return np.clip(np.rint((voxels - inter) / slope), -32767, 32767).astype(np.int16)
+
+
+def add_volumes(sums, volumes, origin, times):
+    """Sums of x, time x and x^2, with more volumes."""
+    x, time = volumes.astype(float) - origin.astype(float), times[:, None]
+    return sums + np.stack([x.sum(axis=0), (time * x).sum(axis=0), (x * x).sum(axis=0)])
 
 
 def density(shape, centres, spreads, brights, spacing=1.0, origin=0.0, dtype=float, each=False):
@@ -387,6 +392,11 @@ def fill_moments(block):
         lag1 = (centred[1:] * centred[:-1]).sum() / power if power > 0 else 0.0
         out[:, i] = line.mean(), (rest**2).sum() / max(len(line) - 2, 1), lag1
     return out
+
+
+def fill_chosen(series, volumes, voxels):
+    """Some voxels of some volumes."""
+    return series[np.ix_(volumes, voxels)]
 
 
 def fill_ranked(block, rank):

@@ -371,7 +371,7 @@ def test_full_disk_leaves_nothing_of_the_run(n_written, tmp_path, monkeypatch, c
         if len(written) >= n_written:
             raise OSError(28, "No space left on device")
         written.append(path)
-        write_file(path, parts)
+        return write_file(path, parts)
 
     for before in (False, True):
         if before:

@@ -118,6 +118,18 @@ def test_dvars(n):
     np.testing.assert_allclose(found.std_dvars[1:], std_dvars, rtol=2e-6)
 
 
+def test_dvars_has_the_same_bytes_for_any_threads(monkeypatch):
+    rng = np.random.default_rng(5)
+    series = (500 + rng.normal(size=(50, 5, 20, 30)) * 9).astype(np.float32)
+    mask, good = rng.random(series.shape[1:]) < 0.7, np.delete(np.arange(50), [3, 20])
+    monkeypatch.setattr(figures, "_VALUES_AT_ONCE", 50 * 300)  # several blocks of voxels
+    found = [figures.series_figures(series, good, mask, n_threads) for n_threads in (1, 2, 3)]
+    assert np.isfinite(found[0].std_dvars[1:]).all()
+    for other in found[1:]:
+        assert other.dvars.tobytes() == found[0].dvars.tobytes()
+        assert other.std_dvars.tobytes() == found[0].std_dvars.tobytes()
+
+
 def test_failed_volumes_do_not_say_what_is_expected():
     """The others' std_dvars are as if the failed ones were not there; theirs stand out."""
     rng = np.random.default_rng(8)
@@ -139,8 +151,18 @@ def test_median(n_values, offset):
     """DVARS is scaled by the median over mask and time, exactly."""
     values = np.random.default_rng(n_values).normal(offset, 30, (n_values, 1, 1, 3))
     values = values.astype(np.float32)
-    found = figures._median(values, np.arange(n_values), np.arange(3))
+    found = figures._median(values.reshape(n_values, 3), np.arange(n_values), np.arange(3), 2)
     assert found == pytest.approx(np.median(values.astype(np.float64)), rel=1e-12)
+
+
+def test_median_where_the_first_volumes_looked_at_lie_elsewhere():
+    """Every 16th volume is bright; the median is not, and lies between two values far apart."""
+    values = np.full((64, 4), 100.0, np.float32)
+    values[32:] = 300.0
+    values[::16] = 9000.0
+    values[1:5] = 300.0 - np.arange(4, dtype=np.float32)
+    expected = np.median(values.astype(np.float64))
+    assert figures._median(values, np.arange(64), np.arange(4), 1) == expected
 
 
 def test_two_volumes_have_no_dvars():

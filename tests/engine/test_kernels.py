@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import naive
 from keepstill import geometry, phantom
-from keepstill.kernels import bspline, components, moments, sampling, series, small, sums
+from keepstill.kernels import bspline, components, integers, moments, sampling, series, small, sums
 from keepstill.reference import Acquisition, prepare_reference
 from keepstill.settings import EstimateSettings
 
@@ -290,12 +290,27 @@ def test_singular_matrix_is_said_to_be():
         geometry.inverse(np.zeros((4, 4)))
 
 
-def test_moments():
-    volume, origin = volume_of((50,), 1), volume_of((50,), 2)
-    before = np.random.default_rng(3).normal(size=(3, 50))
-    found = before.copy()
-    moments.add_volume(found, volume, origin, -2.5)
-    np.testing.assert_allclose(found, naive.add_volume(before, volume, origin, -2.5), rtol=1e-12)
+@given(st.floats(2**-9, 2**9, width=32), st.floats(-(2**13), 2**13, width=32), st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_stored_integers(slope, inter, seed):
+    """Every one as numpy makes it: halves, values beyond the ends and infinite ones too."""
+    slope, inter, rng = np.float32(slope), np.float32(inter), np.random.default_rng(seed)
+    voxels = (rng.uniform(-40_000, 40_000, 301).astype(np.float32) * slope + inter)[:300]
+    voxels[:20] = (rng.integers(-99, 99, 20) + np.float32(0.5)) * slope + inter
+    voxels[20:22] = np.inf, -np.inf
+    found = np.zeros(voxels.shape, np.int16)
+    integers.fill_int16(voxels, slope, inter, found)
+    np.testing.assert_array_equal(found, naive.fill_int16(voxels, slope, inter))
+
+
+@pytest.mark.parametrize("n_voxels", [50, 700])
+def test_moments(n_voxels):
+    volumes, origin = volume_of((3, n_voxels), 1), volume_of((n_voxels,), 2)
+    before = np.random.default_rng(3).normal(size=(3, n_voxels))
+    found, times = before.copy(), np.array([-2.5, 0.0, 4.0])
+    moments.add_volumes(found, volumes, origin, times)
+    expected = naive.add_volumes(before, volumes, origin, times)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 3, 50])
@@ -320,12 +335,16 @@ def test_ranked(seed, scale):
     rank, out = int(rng.integers(0, 21)), np.full(70, np.nan, np.float32)
     series.fill_ranked(block, rank, out)
     np.testing.assert_array_equal(out, naive.fill_ranked(block, rank))
-    counts = np.zeros(1 << 16, np.int64)
-    series.count_halves(block.ravel(), -1, counts)
-    assert counts.sum() == block.size
-    upper = int(np.flatnonzero(counts)[0])
-    lower = np.zeros_like(counts)
-    series.count_halves(block.ravel(), upper, lower)
-    assert lower.sum() == counts[upper]
-    smallest = series.float_of((upper << 16) + int(np.flatnonzero(lower)[0]))
-    assert smallest == block.min()
+    volumes, voxels = np.array([20, 3, 0, 7]), np.flatnonzero(rng.random(70) < 0.6)
+    chosen = np.full((4, voxels.size), np.nan, np.float32)
+    series.fill_chosen(block, volumes, voxels, chosen)
+    np.testing.assert_array_equal(chosen, naive.fill_chosen(block, volumes, voxels))
+    smallest = chosen.min() + np.float32(0)  # zeros of both signs are one value, and two keys
+    counts = np.zeros((2, 1 << 16), np.int64)
+    series.count_halves(block, (volumes, voxels), -1, counts)
+    assert counts[0].sum() == chosen.size and not counts[1].any()
+    upper = int(np.flatnonzero(counts[0])[0])
+    series.count_halves(block, (volumes, voxels), upper, counts)
+    assert counts[0].sum() == 2 * chosen.size and 2 * counts[1].sum() == counts[0, upper]
+    found = series.float_of((upper << 16) + int(np.flatnonzero(counts[1])[0]))
+    assert found == smallest

@@ -1,6 +1,7 @@
 """What is written is valid, whole and the same every time."""
 
 import gzip
+import hashlib
 import io
 import json
 import zlib
@@ -44,6 +45,33 @@ def test_compressed_as_by_zlib(kind, size):
     expected = stream.compress(part) + stream.flush(zlib.Z_FULL_FLUSH)
     found = b"".join(write.gzip_member([part], 1))
     assert found[10:-10] == expected and found[-8:-4] == zlib.crc32(part).to_bytes(4, "little")
+
+
+def test_what_was_written_is_told(tmp_path):
+    path = tmp_path / "file"
+    written = put_file(path, [b"some", b"", b" and more"])
+    assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert written.bytes == path.stat().st_size == 13
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii"])
+def test_series_has_the_same_bytes_for_any_threads(name, dtype, tmp_path):
+    rng = np.random.default_rng(3)
+    series = (900 + 40 * rng.normal(size=(7, 3, 4, 5))).astype(np.float32)
+    series.setflags(write=False)
+    header = nib.Nifti1Header()
+    header.set_data_dtype(dtype)
+    header.set_data_shape(series.shape[::-1])
+    header["vox_offset"] = 352
+    written = [
+        write.put_series(tmp_path / f"{n}" / name, header.copy(), lambda: iter(series), n)
+        for n in (1, 2, 3)
+    ]
+    assert len({what.sha256 for what in written}) == 1
+    image = nib.load(tmp_path / "3" / name)
+    slope = image.dataobj.slope if dtype == "int16" else 0
+    np.testing.assert_allclose(image.get_fdata().T, series, atol=0.51 * slope)
 
 
 def test_failed_write_leaves_nothing(tmp_path):

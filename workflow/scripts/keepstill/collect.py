@@ -1,11 +1,12 @@
 """Collecting a realigned run: from the stage root to the output directory, manifest last."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,10 @@ from keepstill.confounds import (
     make_confounds,
 )
 from keepstill.errors import OutputError, counted
-from keepstill.files import alone, put_file, put_text
+from keepstill.files import Written, alone, put_file, put_text
 from keepstill.manifest import (
     Manifest,
-    describe_outputs,
+    outputs_of,
     remember_inputs,
     withdraw_manifest,
     write_manifest,
@@ -35,6 +36,9 @@ from keepstill.realigned import OUTPUTS, Realigned, open_result
 from keepstill.reslice import carried_mask, coverage
 from keepstill.settings import RealignSettings
 from keepstill.sidecars import BIDSIGNORE, README, dataset_description, sidecar
+from keepstill.team import in_threads
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,17 +96,16 @@ def collect_run(
         findings = _find(result, n_threads)
         summary = _summary(result, findings)
         outdated = withdraw_manifest(output_dir, result.run.run)
-        paths: list[Path] = []
+        written: dict[Path, Written] = {}
         try:
-            for path in _write_all(result, findings, output_dir, n_threads):
-                paths.append(path)
-            _complete(result, output_dir, describe_outputs(output_dir, paths), summary)
+            written = _write_all(result, findings, output_dir, n_threads)
+            _complete(result, output_dir, outputs_of(output_dir, written), summary)
         except BaseException:
             outdated |= paths_of_run
-            paths.clear()  # half of a run's files would pass for the run
+            written = {}  # half of a run's files would pass for the run
             raise
         finally:
-            for path in outdated - set(paths):
+            for path in outdated - set(written):
                 path.unlink(missing_ok=True)  # made by other settings, and no longer true
     return summary
 
@@ -189,18 +192,17 @@ def describe_dataset(output_dir: Path, bids_dir: str | None) -> None:
 
 
 def _find(result: Realigned, n_threads: int) -> Findings:
-    brain, covered = brain_mask(result.reference), _covered(result)
+    brain, covered = brain_mask(result.reference), _covered(result, n_threads)
     if result.missing is not None and result.is_on_own_grid:
         brain &= ~result.missing
     before = after = series = None
     if result.series is not None:
         resliced = result.series
         chosen, good = _compared(result), np.flatnonzero(~result.failed)
-        with ThreadPoolExecutor(n_threads) as pool:
-            figured = pool.submit(figures.series_figures, resliced, good, brain & covered)
-            raw = pool.submit(temporal_moments, result.run.volume, chosen)
-            realigned = pool.submit(temporal_moments, lambda t: resliced[t], chosen)
-        before, after, series = raw.result(), realigned.result(), figured.result()
+        own, new = result.run.voxels.shape[1:], resliced.shape[1:]
+        before = temporal_moments(result.run.slab, chosen, own, n_threads)
+        after = temporal_moments(lambda t, z: resliced[t, z], chosen, new, n_threads)
+        series = figures.series_figures(resliced, good, brain & covered, n_threads)
     return Findings(brain, covered, before, after, make_confounds(result, series, brain))
 
 
@@ -210,9 +212,13 @@ def _compared(result: Realigned) -> NDArray[np.intp]:
     return chosen if chosen.size else np.arange(result.run.n_volumes)
 
 
-def _covered(result: Realigned) -> NDArray[np.bool_]:
+def _covered(result: Realigned, n_threads: int) -> NDArray[np.bool_]:
     """Where all volumes that were realigned have data: beyond, figures would see the border."""
-    covered = _seen(result, ~result.failed)
+    good = np.flatnonzero(~result.failed)
+    shares = [good[k::n_threads] for k in range(n_threads)]
+    covered = np.logical_and.reduce(
+        in_threads(n_threads, lambda share: _seen(result, share), shares)
+    )
     if result.missing is not None and result.is_on_own_grid:
         covered &= ~dilated(result.missing, 1)
     return covered
@@ -259,6 +265,8 @@ def _summary(result: Realigned, findings: Findings) -> dict[str, Any]:
 
 def _in_run(mask: NDArray[np.bool_], result: Realigned) -> NDArray[np.bool_]:
     """A mask of the result where the run as it came shows the same tissue."""
+    if result.is_on_own_grid and np.array_equal(result.run_from_reference, np.eye(4)):
+        return mask
     reference_from_run = geometry.inverse(result.run_from_reference)
     return carried_mask(mask, result.affine, result.own_grid, reference_from_run)
 
@@ -282,10 +290,50 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 def _write_all(
     result: Realigned, findings: Findings, output_dir: Path, n_threads: int
-) -> Iterator[Path]:
-    """Write every output and its sidecar; yield their paths."""
+) -> dict[Path, Written]:
+    """Write every output and its sidecar."""
     folder = output_dir / PurePosixPath(result.run.found["folder"])
     table = {name: column.tolist() for name, column in findings.confounds.items()}
+    put: dict[str, Callable[[Path], Written]] = {}
+    if result.writes_series:
+        put["bold"] = lambda path: _put_series(result, findings.coverage, path, n_threads)
+    put["confounds"] = lambda path: write.put_table(path, table)
+    transforms = write.itk_transforms(result.moving_from_reference).encode()
+    put["transforms"] = lambda path: put_file(path, [transforms])
+    for output, volume in _volumes(result, findings).items():
+        header = _header(result, output, volume)
+        put[output] = partial(write.put_volume, header=header, volume=volume)
+
+    def put_output(output: str) -> dict[Path, Written]:
+        path = folder / result.name(output)
+        written = put[output](path)
+        fields = sidecar(result, output, output_dir, table if output == "confounds" else ())
+        return {path: written, _beside(path): write.put_json(_beside(path), fields)}
+
+    first, *others = put  # the series, if there is one, is by far the largest
+    written = _beside_each_other(
+        lambda: put_output(first), lambda: [put_output(other) for other in others], n_threads
+    )
+    return {path: what for each in written for path, what in each.items()}
+
+
+def _beside_each_other(
+    longest: Callable[[], T], others: Callable[[], list[T]], n_threads: int
+) -> list[T]:
+    """Results of the longest work and of others, which a second thread does if there may be one.
+
+    Writing small files is mostly waiting for the disk. The longest work stays with this thread:
+    what interrupts it ends it at once.
+    """
+    if n_threads == 1:
+        return [longest(), *others()]
+    with ThreadPoolExecutor(1) as pool:
+        meanwhile = pool.submit(others)
+        return [longest(), *meanwhile.result()]
+
+
+def _volumes(result: Realigned, findings: Findings) -> dict[str, NDArray[Any]]:
+    """Outputs that are one volume, (nz, ny, nx)."""
     volumes: dict[str, NDArray[Any]] = {
         "boldref": result.reference,
         "brain": findings.brain.astype(np.uint8),
@@ -294,29 +342,16 @@ def _write_all(
     if findings.before and findings.after:
         volumes["tsnr_before"] = findings.before.tsnr()
         volumes["tsnr_after"] = findings.after.tsnr() * findings.coverage
-    path = folder / result.name("confounds")
-    write.put_table(path, table)
-    yield from (path, _put_sidecar(path, sidecar(result, "confounds", output_dir, table)))
-    path = folder / result.name("transforms")
-    put_file(path, [write.itk_transforms(result.moving_from_reference).encode()])
-    yield from (path, _put_sidecar(path, sidecar(result, "transforms", output_dir)))
-    for output, volume in volumes.items():
-        path = folder / result.name(output)
-        write.put_volume(path, _header(result, output, volume), volume)
-        yield from (path, _put_sidecar(path, sidecar(result, output, output_dir)))
-    if result.writes_series:
-        path = folder / result.name("bold")
-        _write_series(result, findings.coverage, path, n_threads)
-        yield from (path, _put_sidecar(path, sidecar(result, "bold", output_dir)))
+    return volumes
 
 
-def _write_series(
+def _put_series(
     result: Realigned, covered: NDArray[np.bool_], path: Path, n_threads: int
-) -> None:
+) -> Written:
     dtype, shape = result.settings.output_dtype, (result.run.n_volumes, *result.reference.shape)
     header = made_header(result.run.layout.header, result.affine, shape[::-1], dtype)
     header["pixdim"][4] = result.run.found["tr_s"] or 0
-    write.put_series(path, header, lambda: _as_written(result, covered), n_threads)
+    return write.put_series(path, header, lambda: _as_written(result, covered), n_threads)
 
 
 def _as_written(result: Realigned, covered: NDArray[np.bool_]) -> Iterator[NDArray[np.float32]]:
@@ -340,12 +375,6 @@ def _header(result: Realigned, output: str, volume: NDArray[Any]) -> Any:
     layout = result.run.layout
     affine = layout.affine if output == "tsnr_before" else result.affine
     return made_header(layout.header, affine, volume.shape[::-1], str(volume.dtype))
-
-
-def _put_sidecar(path: Path, values: dict[str, Any]) -> Path:
-    """Write the JSON beside a file."""
-    write.put_json(_beside(path), values)
-    return _beside(path)
 
 
 def _beside(path: Path) -> Path:

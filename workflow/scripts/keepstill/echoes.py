@@ -185,7 +185,8 @@ def _write(work: Work, path: Path, compared: NDArray[np.intp], n_threads: int) -
     def volumes() -> Iterator[NDArray[np.float32]]:
         passes.append(MomentSums(compared))
         for t, volume in enumerate(resliced_volumes(work, n_threads)):
-            passes[-1].add(t, volume)
+            if t in compared:
+                passes[-1].add(np.array([t]), volume[None])
             yield volume
 
     write.put_series(path, header, volumes, n_threads)

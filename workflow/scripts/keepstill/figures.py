@@ -11,14 +11,18 @@ from keepstill.kernels.series import (
     LAG1,
     add_squared_steps,
     count_halves,
+    fill_chosen,
     fill_moments,
     fill_ranked,
     float_of,
 )
+from keepstill.team import in_threads
 
 Motions = NDArray[np.float64]
 # Values that are looked at together: masked voxels times volumes.
 _VALUES_AT_ONCE = 1 << 20
+# Of so many volumes one is counted first: where the median is among these, it is likely to be.
+_SAMPLED = 16
 # DVARS is reported on data scaled to this median (Nichols 2013).
 _SCALED_MEDIAN = 1000.0
 _VARIANCE_TOLERANCE = 1e-7
@@ -142,38 +146,47 @@ class SeriesFigures:
 
 
 def series_figures(
-    series: NDArray[np.float32], good: NDArray[np.intp], mask: NDArray[np.bool_]
+    series: NDArray[np.float32],
+    good: NDArray[np.intp],
+    mask: NDArray[np.bool_],
+    n_threads: int = 1,
 ) -> SeriesFigures:
     """DVARS of the realigned series.
 
     Parameters
     ----------
     series : (n, nz, ny, nx) float32
-        May be mapped; masked voxels of a few thousand are held at a time.
+        May be mapped; masked voxels of a few thousand are held at a time by each thread.
     good : (m,) int
         Numbers of the volumes that could be realigned. They alone say what change is to be
         expected; the others' changes are held against it.
     mask : (nz, ny, nx) bool
+    n_threads : int
+        The bytes do not depend on it: blocks of voxels are the same ones, and summed in order.
 
     Notes
     -----
     DVARS: Nichols 2013, with FSL's lower percentiles, as nipype's `compute_dvars`. Voxels that
     do not vary are left out.
     """
-    n, voxels = len(series), np.flatnonzero(mask)
-    median = _median(series, good, voxels)
+    flat, voxels = _flat(series), np.flatnonzero(mask)
+    n = len(flat)
+    median = _median(flat, good, voxels, n_threads)
     scale = _SCALED_MEDIAN / median if median > 0 else 1.0
-    squares, n_voxels, sd_sum = np.zeros(n - 1), 0, 0.0
-    n_at_once = max(1, _VALUES_AT_ONCE // n)
-    for first in range(0, voxels.size, n_at_once):
-        block = _block(series, voxels[first : first + n_at_once])
+
+    def of_block(chosen: NDArray[np.intp]) -> tuple[NDArray[np.float64], float, int]:
+        block = _chosen(flat, np.arange(n), chosen)
         steady = block if len(good) == n else np.ascontiguousarray(block[good])
-        sd = _robust_sd(steady) * scale
+        sd, squares = _robust_sd(steady) * scale, np.zeros(n - 1)
         keep = sd > _VARIANCE_TOLERANCE
         add_squared_steps(block, keep.astype(np.float64), squares)
-        sd_sum += float((sd * np.sqrt(2.0 * (1.0 - _lag1(steady))))[keep].sum())
-        n_voxels += int(keep.sum())
-    dvars, std_dvars = np.full((2, len(series)), np.nan)
+        expected = (sd * np.sqrt(2.0 * (1.0 - _lag1(steady))))[keep]
+        return squares, float(expected.sum()), int(keep.sum())
+
+    squares, sd_sum, n_voxels = np.zeros(n - 1), 0.0, 0
+    for more in in_threads(n_threads, of_block, _parts(voxels, _VALUES_AT_ONCE // n)):
+        squares, sd_sum, n_voxels = squares + more[0], sd_sum + more[1], n_voxels + more[2]
+    dvars, std_dvars = np.full((2, n), np.nan)
     if n_voxels > 0:
         dvars[1:] = scale * np.sqrt(squares / n_voxels)
     if sd_sum > 0:
@@ -181,11 +194,25 @@ def series_figures(
     return SeriesFigures(dvars, std_dvars)
 
 
-def _block(series: NDArray[np.float32], voxels: NDArray[np.intp]) -> NDArray[np.float32]:
-    """Some voxels, by flat index, of all volumes, (n, m)."""
-    out = np.empty((len(series), voxels.size), np.float32)
-    for t in range(len(out)):
-        out[t] = np.asarray(series[t]).reshape(-1).take(voxels)
+def _flat(series: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A series as (n, n_voxels), mapped if it was; read-only, for which kernels are compiled."""
+    flat = np.asarray(series).reshape(len(series), -1)
+    flat.flags.writeable = False
+    return flat
+
+
+def _parts(numbers: NDArray[np.intp], n_at_once: int) -> list[NDArray[np.intp]]:
+    """Numbers, so many at a time, but at least one."""
+    step = max(1, n_at_once)
+    return [numbers[first : first + step] for first in range(0, len(numbers), step)]
+
+
+def _chosen(
+    flat: NDArray[np.float32], volumes: NDArray[np.intp], voxels: NDArray[np.intp]
+) -> NDArray[np.float32]:
+    """Some voxels, by flat index, of some volumes, (n, m)."""
+    out = np.empty((volumes.size, voxels.size), np.float32)
+    fill_chosen(flat, volumes, voxels, out)
     return out
 
 
@@ -206,30 +233,39 @@ def _robust_sd(block: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _median(
-    series: NDArray[np.float32], volumes: NDArray[np.intp], voxels: NDArray[np.intp]
+    flat: NDArray[np.float32],
+    volumes: NDArray[np.intp],
+    voxels: NDArray[np.intp],
+    n_threads: int = 1,
 ) -> float:
-    """Median over some volumes and voxels, exactly, without holding the series.
+    """Median over some volumes and voxels of (n, n_voxels), exactly, without holding the series.
 
-    Values are counted by the upper half of their bits, and then, among those with the upper half
-    of the value that is looked for, by the lower.
+    Values are counted by the upper half of their bits, and those with the upper half of the value
+    that is looked for by the lower. What a few volumes say of that upper half mostly holds: then
+    the series is read once.
     """
     n_values = voxels.size * len(volumes)
     if n_values == 0:
         return 0.0
 
-    def counted(upper: int) -> NDArray[np.int64]:
-        counts = np.zeros(1 << HALF_BITS, np.int64)
-        for t in volumes:
-            count_halves(np.asarray(series[t]).reshape(-1).take(voxels), upper, counts)
-        return counts
+    def counted(some: NDArray[np.intp], upper: int) -> NDArray[np.int64]:
+        def of_thread(k: int) -> NDArray[np.int64]:
+            counts = np.zeros((2, 1 << HALF_BITS), np.int64)
+            count_halves(flat, (some[k::n_threads].copy(), voxels), upper, counts)
+            return counts
 
-    by_upper = counted(-1)
-    by_lower: dict[int, NDArray[np.int64]] = {}
+        # Whole numbers: their sum is the same for any number of threads.
+        return np.asarray(sum(in_threads(n_threads, of_thread, range(n_threads))))
+
+    sample = volumes[::_SAMPLED]
+    likely, _ = _ranked(counted(sample, 0)[0], len(sample) * voxels.size // 2)
+    by_upper, lower_of_likely = counted(volumes, likely)
+    by_lower = {likely: lower_of_likely}
     middle = []
     for rank in ((n_values - 1) // 2, n_values // 2):
         upper, rest = _ranked(by_upper, rank)
         if upper not in by_lower:
-            by_lower[upper] = counted(upper)
+            by_lower[upper] = counted(volumes, upper)[1]
         lower, _ = _ranked(by_lower[upper], rest)
         middle.append(float_of((upper << HALF_BITS) + lower))
     return sum(middle) / 2

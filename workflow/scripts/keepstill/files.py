@@ -8,6 +8,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from keepstill.errors import OutputError
@@ -15,23 +16,35 @@ from keepstill.errors import OutputError
 _LOG_BYTES = 1 << 16  # more than any job's log
 
 
-def put_file(path: Path, parts: Iterable[bytes]) -> None:
+@dataclass(frozen=True)
+class Written:
+    """Hash and size of what was written to a file."""
+
+    sha256: str
+    bytes: int
+
+
+def put_file(path: Path, parts: Iterable[bytes]) -> Written:
     """Write a file under a temporary name of its own, sync it, rename it.
 
-    Its folder is made if need be. On an error nothing is left behind.
+    Its folder is made if need be. On an error nothing is left behind. What was handed to the
+    file, all of which has reached the disk, is hashed on its way.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part_of(path)
+    part, digest, n_bytes = _part_of(path), hashlib.sha256(), 0
     try:
         with part.open("wb") as file:
             for content in parts:
                 file.write(content)
+                digest.update(content)
+                n_bytes += len(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    return Written(digest.hexdigest(), n_bytes)
 
 
 @contextlib.contextmanager

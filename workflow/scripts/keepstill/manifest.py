@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from keepstill import __version__
-from keepstill.files import file_sha256, put_text
+from keepstill.files import Written, file_sha256, put_text
 from keepstill.settings import RealignSettings
 
 PACKAGE = Path(__file__).parent
@@ -141,14 +141,14 @@ def withdraw_manifest(output_dir: Path, run: str, *, is_echo: bool = False) -> s
 
 
 def describe_outputs(output_dir: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """`Manifest.outputs` of files below `output_dir`."""
-    return {
-        path.relative_to(output_dir).as_posix(): {
-            "sha256": file_sha256(path),
-            "bytes": path.stat().st_size,
-        }
-        for path in paths
-    }
+    """`Manifest.outputs` of files below `output_dir`, which are read again."""
+    written = {path: Written(file_sha256(path), path.stat().st_size) for path in paths}
+    return outputs_of(output_dir, written)
+
+
+def outputs_of(output_dir: Path, written: Mapping[Path, Written]) -> dict[str, dict[str, Any]]:
+    """`Manifest.outputs` of files below `output_dir`, as they were written."""
+    return {path.relative_to(output_dir).as_posix(): asdict(what) for path, what in written.items()}
 
 
 def is_complete(

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill.kernels.moments import add_volume
+from keepstill.kernels.moments import add_volumes
+from keepstill.team import in_threads
 
 # Less of a voxel's power than this beside its straight line is rounding, not noise.
 _POWER_TOLERANCE = 1e-12
 # A straight line goes through two volumes, whatever they show.
 _LEAST_VOLUMES = 3
+# Parts of a volume that threads share: 2, 3, 4 or 6 have equally many.
+_SLABS = 12
+_VALUES_AT_ONCE = 1 << 19  # of one slab, that a thread holds
 
 
 @dataclass(frozen=True)
@@ -45,26 +49,42 @@ class Moments:
 
 
 def temporal_moments(
-    volume_at: Callable[[int], NDArray[np.float32]], chosen: NDArray[np.intp]
+    slab_of: Callable[[NDArray[np.intp], slice], NDArray[np.float32]],
+    chosen: NDArray[np.intp],
+    shape: tuple[int, int, int],
+    n_threads: int = 1,
 ) -> Moments:
-    """Moments over some volumes of a series, of which one is held at a time.
+    """Moments over some volumes of a series, of which a little is held at a time.
 
     Parameters
     ----------
-    volume_at : callable
-        Number of a volume -> (nz, ny, nx) float32.
+    slab_of : callable
+        Numbers of m volumes, and which of their slices -> (m, n_slices, ny, nx) float32.
     chosen : (n,) int
         Numbers of the volumes, at least one. Times are those numbers: a gap is a gap.
+    shape : (nz, ny, nx)
+    n_threads : int
+        The bytes do not depend on it: every voxel's sums are made by one thread, in time's order.
 
     Returns
     -------
     Moments
         With n - 2 degrees of freedom; variance is 0 for fewer than three volumes.
     """
-    sums = MomentSums(chosen)
-    for t in chosen:
-        sums.add(int(t), volume_at(int(t)))
-    return sums.moments()
+    nz, ny, nx = shape
+    n_slices = -(-nz // _SLABS)
+    n_volumes = max(1, _VALUES_AT_ONCE // (n_slices * ny * nx))
+
+    def of_slab(first: int) -> Moments:
+        slices, sums = slice(first, first + n_slices), MomentSums(chosen)
+        for start in range(0, len(chosen), n_volumes):
+            volumes = chosen[start : start + n_volumes]
+            sums.add(volumes, slab_of(volumes, slices))
+        return sums.moments()
+
+    slabs = in_threads(n_threads, of_slab, range(0, nz, n_slices))
+    mean, variance = ([getattr(slab, name) for slab in slabs] for name in ("mean", "variance"))
+    return Moments(np.concatenate(mean), np.concatenate(variance))
 
 
 class MomentSums:
@@ -82,15 +102,20 @@ class MomentSums:
         self._origin = np.zeros((0, 0, 0), np.float32)
         self._sums = np.zeros((3, 0))
 
-    def add(self, t: int, volume: NDArray[np.float32]) -> None:
-        """Count volume t, (nz, ny, nx), if it is one of those chosen."""
-        if t not in self._times:
-            return
-        volume = np.array(volume, np.float32)
+    def add(self, numbers: NDArray[np.intp], volumes: NDArray[np.float32]) -> None:
+        """Count volumes by their numbers, (m,), that are among those chosen.
+
+        Parameters
+        ----------
+        numbers : (m,) int
+        volumes : (m, nz, ny, nx) float32
+        """
         if not self._origin.size:
-            self._origin, self._sums = volume, np.zeros((3, volume.size))
-        origin = self._origin.reshape(-1)
-        add_volume(self._sums, volume.reshape(-1), origin, self._times[t])
+            self._origin = volumes[0].copy()
+            self._sums = np.zeros((3, self._origin.size))
+        times = np.array([self._times[t] for t in numbers.tolist()])
+        lines = np.ascontiguousarray(volumes, np.float32).reshape(len(times), -1)
+        add_volumes(self._sums, lines, self._origin.reshape(-1), times)
 
     def moments(self) -> Moments:
         """Mean and variance, once all are counted."""
@@ -101,7 +126,7 @@ class MomentSums:
 
 
 def _power_about_line(sums: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum of squares of each voxel about its straight line, from `add_volume`'s sums."""
+    """Sum of squares of each voxel about its straight line, from `add_volumes`'s sums."""
     n = len(times)
     if n < _LEAST_VOLUMES:
         return np.zeros(sums.shape[1])

@@ -66,8 +66,15 @@ class StagedRun:
 
         What is no number there, or too large for a float32, is none here.
         """
+        return self._scaled(self.voxels[t])
+
+    def slab(self, volumes: NDArray[np.intp], slices: slice) -> NDArray[np.float32]:
+        """Some slices of some volumes, (m, n_slices, ny, nx) float32, as `volume` gives them."""
+        return self._scaled(self.voxels[volumes, slices])
+
+    def _scaled(self, voxels: NDArray[Any]) -> NDArray[np.float32]:
         with np.errstate(over="ignore", invalid="ignore"):
-            stored = self.voxels[t].astype(np.float32)
+            stored = voxels.astype(np.float32)
             if self.layout.slope != 1.0:
                 stored *= np.float32(self.layout.slope)
             if self.layout.inter != 0.0:

@@ -1,11 +1,20 @@
 """Who shares work on blocks of points: threads of a rank, and ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+P = TypeVar("P")
+
+
+def in_threads(n_threads: int, work: Callable[[P], T], parts: Iterable[P]) -> list[T]:
+    """Result of some work on every part, in the order of parts, with so many threads at work."""
+    if n_threads == 1:
+        return [work(part) for part in parts]
+    with ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(work, parts))
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,5 @@ class Team:
 
     def each(self, work: Callable[[int], T]) -> list[T]:
         """Result of some work on every block, in the order of blocks, on all ranks."""
-        if self.n_threads == 1:
-            mine = [work(block) for block in self.blocks]
-        else:
-            with ThreadPoolExecutor(self.n_threads) as pool:
-                mine = list(pool.map(work, self.blocks))
+        mine = in_threads(self.n_threads, work, self.blocks)
         return [result for results in self.gather(mine) for result in results]

@@ -19,6 +19,7 @@ from keepstill.run_model import RunModel, fit_run_model, fitted_to
 from keepstill.scanner_effects import ScannerEffects
 from keepstill.settings import EstimateSettings
 from keepstill.team import Team
+from keepstill.write import as_int16
 
 
 def ensure_warm() -> bool:
@@ -62,7 +63,8 @@ def warm_kernels() -> None:
     brain = brain_mask(volume)
     grid = affine, (volume.shape[2], volume.shape[1], volume.shape[0])
     coverage(estimate.moving_from_reference[None], grid, affine, out.shape)
-    temporal_moments(lambda t: out, np.arange(2))
+    as_int16(out, 1.0, 0.0)
+    temporal_moments(lambda t, z: np.stack([out, out])[t, z], np.arange(2), out.shape)
     series_figures(np.stack([volume, out, volume + out]), np.arange(3), brain)
 
 

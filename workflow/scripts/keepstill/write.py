@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from keepstill.files import put_file
+from keepstill.files import Written, put_file
 
 T = TypeVar("T")
+# Content of a part of a file, or what makes it once it is wanted.
+Part = bytes | Callable[[], bytes]
 
 # Voxels of a noisy series hardly repeat, so looking for runs only costs 1% of size and saves half
 # the time. And there zlib-ng gives the bytes that zlib gives, whatever the processor.
@@ -26,7 +29,7 @@ _LAST_BLOCK = b"\x03\x00"
 _INT16_LIMIT = 32767
 
 
-def gzip_member(parts: Iterable[bytes], n_threads: int) -> Iterable[bytes]:
+def gzip_member(parts: Iterable[Part], n_threads: int) -> Iterable[bytes]:
     """One valid gzip member, whose bytes do not depend on the number of threads.
 
     Each part becomes deflate blocks of its own, ended by a full flush, so that parts can be
@@ -34,31 +37,38 @@ def gzip_member(parts: Iterable[bytes], n_threads: int) -> Iterable[bytes]:
 
     Parameters
     ----------
-    parts : iterable of bytes
-        Uncompressed; at most two a thread are held at a time.
+    parts : iterable of bytes, or of functions that give them
+        Uncompressed; functions are called by the thread that compresses, and at most two parts a
+        thread are held at a time.
     n_threads : int
     """
     yield _GZIP_HEAD
     crc, size = 0, 0
-    for deflated, part_crc, part_size in _all_deflated(parts, n_threads):
+    for deflated, part_crc, part_size in _in_order(n_threads, _deflated, parts):
         crc = zlib_ng.crc32_combine(crc, part_crc, part_size)
         size += part_size
         yield deflated
     yield _LAST_BLOCK + struct.pack("<II", crc, size & 0xFFFFFFFF)
 
 
-def _all_deflated(parts: Iterable[bytes], n_threads: int) -> Iterable[tuple[bytes, int, int]]:
+def _in_order(n_threads: int, work: Callable[[T], Any], parts: Iterable[T]) -> Iterable[Any]:
+    """Results of some work on parts, in order, by so many threads; few are held at a time."""
     if n_threads == 1:
-        yield from map(_deflated, parts)
+        yield from map(work, parts)
         return
     with ThreadPoolExecutor(n_threads) as pool:
-        yield from ahead(pool, _deflated, parts, 2 * n_threads)
+        yield from ahead(pool, work, parts, 2 * n_threads)
 
 
-def _deflated(part: bytes) -> tuple[bytes, int, int]:
+def _content(part: Part) -> bytes:
+    return part() if callable(part) else part
+
+
+def _deflated(part: Part) -> tuple[bytes, int, int]:
+    content = _content(part)
     stream = zlib_ng.compressobj(_LEVEL, zlib_ng.DEFLATED, -15, _MEMORY_LEVEL, _STRATEGY)
-    deflated = stream.compress(part) + stream.flush(zlib_ng.Z_FULL_FLUSH)
-    return deflated, zlib_ng.crc32(part), len(part)
+    deflated = stream.compress(content) + stream.flush(zlib_ng.Z_FULL_FLUSH)
+    return deflated, zlib_ng.crc32(content), len(content)
 
 
 def ahead(
@@ -74,15 +84,16 @@ def ahead(
         yield future.result()
 
 
-def put_nifti(path: Path, header: Any, parts: Iterable[bytes], n_threads: int = 1) -> None:
+def put_nifti(path: Path, header: Any, parts: Iterable[Part], n_threads: int = 1) -> Written:
     """Write a .nii.gz, or .nii, of a header and the voxels' bytes, volume by volume."""
 
-    def all_parts() -> Iterable[bytes]:
+    def all_parts() -> Iterable[Part]:
         yield header.binaryblock + b"\0" * (int(header["vox_offset"]) - len(header.binaryblock))
         yield from parts
 
     is_plain = path.suffix == ".nii"
-    put_file(path, all_parts() if is_plain else gzip_member(all_parts(), n_threads))
+    contents = map(_content, all_parts()) if is_plain else gzip_member(all_parts(), n_threads)
+    return put_file(path, contents)
 
 
 def put_series(
@@ -90,7 +101,7 @@ def put_series(
     header: Any,
     volumes: Callable[[], Iterable[NDArray[np.float32]]],
     n_threads: int,
-) -> None:
+) -> Written:
     """Write a series as .nii.gz or .nii, with a fitted slope if its header says int16.
 
     Parameters
@@ -102,33 +113,48 @@ def put_series(
         Gives the (nz, ny, nx) volumes, in order; called twice for int16.
     n_threads : int
     """
+    stored: Callable[[NDArray[np.float32]], bytes] = _bytes_of
     if header.get_data_dtype() == np.int16:
         slope, inter = int16_scaling(volumes())
         header["scl_slope"], header["scl_inter"] = slope, inter
-        parts = (as_int16(volume, slope, inter).tobytes() for volume in volumes())
-    else:
-        parts = (np.asarray(volume).tobytes() for volume in volumes())
-    put_nifti(path, header, parts, n_threads)
+        stored = partial(_stored, slope=slope, inter=inter)
+    # Converted by the thread that compresses: else one thread would convert for all.
+    return put_nifti(path, header, (partial(stored, volume) for volume in volumes()), n_threads)
 
 
-def put_volume(path: Path, header: Any, volume: NDArray[Any]) -> None:
+def _stored(volume: NDArray[np.float32], slope: float, inter: float) -> bytes:
+    return _bytes_of(as_int16(volume, slope, inter))
+
+
+def _bytes_of(volume: NDArray[Any]) -> bytes:
+    return np.asarray(volume).tobytes()
+
+
+def put_volume(path: Path, header: Any, volume: NDArray[Any]) -> Written:
     """Write one (nz, ny, nx) volume as .nii.gz."""
-    put_nifti(path, header, [np.ascontiguousarray(volume).tobytes()])
+    return put_nifti(path, header, [_bytes_of(volume)])
 
 
-def put_json(path: Path, values: Mapping[str, Any]) -> None:
+def put_json(path: Path, values: Mapping[str, Any]) -> Written:
     """Write a JSON sidecar; NaN is refused, since JSON has none."""
     text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    put_file(path, [text.encode() + b"\n"])
+    return put_file(path, [text.encode() + b"\n"])
 
 
-def put_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+def put_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> Written:
     """Write a BIDS table: tabs, nine significant digits, ``n/a`` for what is missing."""
     out = io.StringIO()
     out.write("\t".join(columns) + "\n")
+    in_words = [_wording(column) for column in columns.values()]
     for row in zip(*columns.values(), strict=True):
-        out.write("\t".join(_cell(value) for value in row) + "\n")
-    put_file(path, [out.getvalue().encode()])
+        out.write("\t".join([word(value) for word, value in zip(in_words, row, strict=True)]))
+        out.write("\n")
+    return put_file(path, [out.getvalue().encode()])
+
+
+def _wording(column: Sequence[Any]) -> Callable[[Any], str]:
+    """What makes text of a column's cells; most are whole numbers, a column for each outlier."""
+    return str if set(map(type, column)) == {int} else _cell
 
 
 def _cell(value: Any) -> str:
@@ -165,8 +191,13 @@ def _short(value: float) -> float:
 
 def as_int16(volume: NDArray[np.float32], slope: float, inter: float) -> NDArray[np.int16]:
     """Stored values of a volume, rounded to nearest."""
-    stored = np.rint((volume - np.float32(inter)) / np.float32(slope))
-    return np.clip(stored, -_INT16_LIMIT, _INT16_LIMIT).astype(np.int16)
+    from keepstill.kernels.integers import fill_int16  # here: tables are written without numba
+
+    voxels = np.ascontiguousarray(volume).reshape(-1)
+    voxels.flags.writeable = False  # mapped or not, one kernel is compiled
+    out = np.empty(volume.shape, np.int16)
+    fill_int16(voxels, np.float32(slope), np.float32(inter), out.reshape(-1))
+    return out
 
 
 def itk_transforms(moving_from_reference: NDArray[np.float64]) -> str:

@@ -176,29 +176,61 @@ def add_squared_steps(
 
 
 @kernel
-def count_halves(values: NDArray[np.float32], upper: int, counts: NDArray[np.int64]) -> None:
-    """Count floats by half their keys: the upper, or the lower of those with a given upper half.
+def fill_chosen(
+    series: NDArray[np.float32],
+    volumes: NDArray[np.int64],
+    voxels: NDArray[np.int64],
+    out: NDArray[np.float32],
+) -> None:
+    """Some voxels of some volumes: a block, as the other kernels here want it.
+
+    Parameters
+    ----------
+    series : (n, n_voxels) float32
+        Only read.
+    volumes, voxels : int64
+        Numbers of volumes, and flat indices.
+    out : (n_volumes, n_voxels) float32
+        Filled.
+    """
+    for t in range(volumes.size):
+        volume = series[volumes[t]]
+        for i in range(voxels.size):
+            out[t, i] = volume[voxels[i]]
+
+
+@kernel
+def count_halves(
+    series: NDArray[np.float32],
+    chosen: tuple[NDArray[np.int64], NDArray[np.int64]],
+    upper: int,
+    counts: NDArray[np.int64],
+) -> None:
+    """Count floats by half their keys: all by the upper, those with a given upper by the lower.
 
     A key is a whole number of 32 bits; keys are in the order of the floats. `float_of` leads back.
 
     Parameters
     ----------
-    values : (m,) float32
+    series : (n, n_voxels) float32
+        Only read.
+    chosen : tuple of int64 arrays
+        Numbers of the volumes, and flat indices of the voxels, that are counted.
     upper : int
-        Upper half of the keys that are counted, by their lower half. If it is negative all are,
-        by their upper half.
-    counts : (65536,) int64
-        Added to.
+        Upper half of the keys that are counted by their lower half.
+    counts : (2, 65536) int64
+        Added to: by the upper half, by the lower.
     """
-    bits = values.view(np.uint32)
-    for i in range(bits.size):
-        b = np.int64(bits[i])
-        # As bits, positive floats are in order, and negative ones in the opposite order.
-        key = b ^ (_ALL_BITS if b >> 31 else _SIGN_BIT)
-        if upper < 0:
-            counts[key >> HALF_BITS] += 1
-        elif key >> HALF_BITS == upper:
-            counts[key & _LOWER_HALF] += 1
+    bits, (volumes, voxels) = series.view(np.uint32), chosen
+    for t in range(volumes.size):
+        volume = bits[volumes[t]]
+        for i in range(voxels.size):
+            b = np.int64(volume[voxels[i]])
+            # As bits, positive floats are in order, and negative ones in the opposite order.
+            key = b ^ (_ALL_BITS if b >> 31 else _SIGN_BIT)
+            counts[0, key >> HALF_BITS] += 1
+            if key >> HALF_BITS == upper:
+                counts[1, key & _LOWER_HALF] += 1
 
 
 def float_of(key: int) -> float:

@@ -77,7 +77,23 @@ class StagedRun:
 
 def open_staged(stage_dir: Path) -> StagedRun:
     """The run in a stage directory; its voxels are mapped, not read."""
-    found = json.loads((stage_dir / STAGED).read_text())
+    return _opened(json.loads((stage_dir / STAGED).read_text()))
+
+
+def open_arriving(known: dict[str, Any], n_dummy: int) -> StagedRun:
+    """A run of which not all voxels are there; those that are not are 0.
+
+    Parameters
+    ----------
+    known : dict
+        What `arrivals.Arrivals.known` says.
+    n_dummy : int
+        Dummy volumes that are taken for granted.
+    """
+    return _opened(known | {"n_dummy": n_dummy})
+
+
+def _opened(found: dict[str, Any]) -> StagedRun:
     voxels_dir = Path(found["voxels_dir"])
     path = voxels_dir / STAGED_VOXELS
     with path.open("rb") as file:

@@ -122,10 +122,26 @@ class _KernelCache(_FunctionCache):  # type: ignore[misc]
         rtsys.initialize(target_context)
         return self._load_overload(sig, target_context)
 
+    def signatures(self, target_context: Any) -> list[Any]:
+        """Arguments for which something is kept for this processor."""
+        codegen = target_context.codegen()
+        keys = self._cache_file._load_index()
+        return [key[0] for key in keys if key == self._index_key(key[0], codegen)]
+
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep what was compiled; where that cannot be (only read, full), it costs time only."""
         with contextlib.suppress(OSError):
             super().save_overload(sig, data)
+
+
+def load_kept(kernel: Any) -> None:
+    """Load what is kept of a kernel, for all arguments that it was compiled for.
+
+    Its first call would do so; a process that waits can do it before.
+    """
+    if isinstance(cache := getattr(kernel, "_cache", None), _KernelCache):
+        for signature in cache.signatures(kernel.targetctx):
+            kernel.compile(signature)
 
 
 def _bases() -> Iterator[Path]:

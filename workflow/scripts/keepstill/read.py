@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.errors import InputError
-from keepstill.nifti import HEADER_BYTES, Layout, parse_image_layout, parse_layout
+from keepstill.nifti import HEADER_BYTES, Layout, layout_of, parse_image_layout
 from keepstill.stage import (
     REALIGNED_VOXELS,
     STAGED,
@@ -97,7 +97,7 @@ def _opened(found: dict[str, Any]) -> StagedRun:
     voxels_dir = Path(found["voxels_dir"])
     path = voxels_dir / STAGED_VOXELS
     with path.open("rb") as file:
-        layout = parse_layout(file.read(HEADER_BYTES), found["run"], found["affine_source"])
+        layout = layout_of(file.read(HEADER_BYTES), found["layout"])
     voxels = map_volumes(path, layout)
     return StagedRun(found["run"], layout, voxels, voxels_dir / REALIGNED_VOXELS, found)
 

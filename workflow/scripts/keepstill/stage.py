@@ -112,8 +112,8 @@ def stage_run(
     refuse_impossible_size(layout, stamp.bytes, run)
     voxels_dir = _reserve(stage_dir, layout, settings, run)
     try:
-        arriving = {"run": run, "metadata": metadata, "voxels_dir": str(voxels_dir)}
-        arriving["affine_source"] = settings.affine_source
+        arriving: dict[str, Any] = {"run": run, "metadata": metadata, "voxels_dir": str(voxels_dir)}
+        arriving["layout"] = layout.facts()
         with telling(stage_dir, arriving) as tell:
             _write_voxels(chunks, voxels_dir / STAGED_VOXELS, layout, run, tell)
         volumes = map_volumes(voxels_dir / STAGED_VOXELS, layout)

@@ -15,7 +15,7 @@ import termios
 import time
 import traceback
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -83,8 +83,12 @@ class Alone:
 
     rank, size = 0, 1
 
-    def gather(self, value: Any, meanwhile: Meanwhile | None = None) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """All ranks' values, on rank 0."""
+        return [value]
+
+    def allgather(self, value: Any, meanwhile: Meanwhile | None = None) -> list[Any]:
+        """All ranks' values, on all ranks."""
         return [value]
 
     def bcast(self, value: Any, root: int = 0) -> Any:
@@ -120,10 +124,16 @@ class World:
                 waited_s = time.monotonic() - began_s
                 time.sleep(min(max(_NAP_S, _NAP_PART * waited_s), _LONGEST_NAP_S))
 
-    def gather(self, value: Any, meanwhile: Meanwhile | None = None) -> list[Any] | None:
-        """All ranks' values, on rank 0; those that wait do something meanwhile."""
-        self._rest(meanwhile)
+    def gather(self, value: Any) -> list[Any] | None:
+        """All ranks' values, on rank 0."""
+        self._rest()
         gathered: list[Any] | None = self._comm.gather(value)
+        return gathered
+
+    def allgather(self, value: Any, meanwhile: Meanwhile | None = None) -> list[Any]:
+        """All ranks' values, on all ranks; those that wait do something meanwhile."""
+        self._rest(meanwhile)
+        gathered: list[Any] = self._comm.allgather(value)
         return gathered
 
     def bcast(self, value: Any, root: int = 0) -> Any:
@@ -165,30 +175,38 @@ def together(world: Alone | World, work: Callable[[], T], meanwhile: Meanwhile |
     KeepstillError
         That of the lowest rank that met one.
     """
-    value: T | None = None
-    error: KeepstillError | None = None
-    try:
-        value = work()
-    except KeepstillError as caught:
-        error = caught
-    errors: list[KeepstillError | None] = world.bcast(world.gather(error, meanwhile))
-    for met in errors:
-        if met is not None:
-            raise met
+    value, error = _tried(work)
+    _raise_first(world.allgather(error, meanwhile))
     return cast(T, value)
 
 
-def together_all(world: Alone | World, work: Callable[[], T]) -> list[T]:
+def _tried(work: Callable[[], T]) -> tuple[T | None, KeepstillError | None]:
+    """Value of some work, or the user's error that it met."""
+    try:
+        return work(), None
+    except KeepstillError as error:
+        return None, error
+
+
+def _raise_first(errors: Iterable[KeepstillError | None]) -> None:
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def together_all(
+    world: Alone | World, work: Callable[[], T], meanwhile: Meanwhile | None = None
+) -> list[T]:
     """Values of all ranks, on all ranks, of some work that all do; errors as in `together`."""
-    values: list[T] = world.bcast(world.gather(together(world, work)))
-    return values
+    tried: list[tuple[T, KeepstillError | None]] = world.allgather(_tried(work), meanwhile)
+    _raise_first(error for _, error in tried)
+    return [value for value, _ in tried]
 
 
 def on_first(world: Alone | World, work: Callable[[], T], meanwhile: Meanwhile | None = None) -> T:
     """Rank 0's value of some work that it alone does, on all ranks; errors as in `together`."""
-    done = together(world, lambda: work() if world.rank == 0 else None, meanwhile)
-    value: T = world.bcast(done)
-    return value
+    done = together_all(world, lambda: work() if world.rank == 0 else None, meanwhile)
+    return cast(T, done[0])
 
 
 @contextlib.contextmanager
@@ -199,7 +217,7 @@ def cores_of_all(world: Alone | World, n_threads: int) -> Iterator[int]:
     may threads that it starts.
     """
     mask = os.sched_getaffinity(0)
-    joint = set[int]().union(*world.bcast(world.gather(mask)))
+    joint = set[int]().union(*world.allgather(mask))
     if world.rank == 0 and joint != mask:
         os.sched_setaffinity(0, joint)
     try:
@@ -293,7 +311,7 @@ def run_in_world(n_ranks: int | None, work: Callable[[Alone | World], None]) -> 
 def n_threads_of(world: Alone | World) -> int:
     """Threads for this rank: its affinity mask, shared out among ranks with the same mask."""
     mask = os.uname().nodename, tuple(sorted(os.sched_getaffinity(0)))
-    masks = world.bcast(world.gather(mask))
+    masks = world.allgather(mask)
     return max(1, len(mask[1]) // masks.count(mask))
 
 
@@ -388,7 +406,7 @@ def _first_target(
     A rank that has prepared the reference ahead gives it to all.
     """
     if ahead:
-        have_it = world.bcast(world.gather(ahead.is_right(run)))
+        have_it = world.allgather(ahead.is_right(run))
         if any(have_it):
             return world.bcast(ahead.target, have_it.index(True)), ahead
     return on_first(world, lambda: choose_target(run, settings)), None
@@ -466,7 +484,7 @@ def _fit_model(task: Task, estimates: list[Estimate], world: Alone | World, crew
     fitted = fitted_volumes(task, [estimates[t] for t in chosen], spans)
     reference = task.target.reference
     blocks = share(len(reference.blocks) - 1, world.size, world.rank)
-    team = Team(blocks, crew.n_threads, lambda value: world.bcast(world.gather(value)))
+    team = Team(blocks, crew.n_threads, world.allgather)
     model = fit_run_model(reference, fitted, team)
     return replace(model, learnt_from=frozenset(chosen))
 

@@ -119,6 +119,17 @@ def test_a_run_that_is_gone_ends_the_work(tmp_path):
     assert ahead.target is None
 
 
+def test_without_room_to_tell_a_run_is_staged_all_the_same(tmp_path, monkeypatch):
+    def full(*written):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("keepstill.arrivals.os.pwrite", full)
+    stage_dir = staged(tmp_path)
+    assert Arrivals(stage_dir).n_bytes() == 0
+    assert work_ahead(stage_dir).target is None
+    assert open_staged(stage_dir).n_volumes == N_VOLUMES
+
+
 def test_nobody_is_told_where_nobody_asked(tmp_path):
     with telling(tmp_path, {}) as tell:
         tell(5)

@@ -18,11 +18,12 @@ _NUMBER_BYTES = 8
 
 
 def ask_for_arrivals(stage_dir: Path) -> None:
-    """Ask, before a run is staged in its folder, to be told what arrives."""
+    """Ask, before a run is staged in its folder, to be told what arrives.
+
+    The files are empty, which is 0, and takes no room: there may be none.
+    """
     for name in (_ARRIVED, _TURN):
-        handle = os.open(stage_dir / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        os.write(handle, bytes(_NUMBER_BYTES))
-        os.close(handle)
+        os.close(os.open(stage_dir / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 @contextlib.contextmanager
@@ -39,8 +40,10 @@ def telling(stage_dir: Path, known: dict[str, Any]) -> Iterator[Callable[[int], 
     """
     with contextlib.ExitStack() as stack:
         try:
-            handle = os.open(stage_dir / _ARRIVED, os.O_WRONLY)
+            handle, turn = (os.open(stage_dir / name, os.O_WRONLY) for name in (_ARRIVED, _TURN))
             stack.callback(os.close, handle)
+            stack.callback(os.close, turn)
+            os.posix_fallocate(turn, 0, _NUMBER_BYTES)  # before anybody takes one
             os.pwrite(handle, json.dumps(known).encode(), _NUMBER_BYTES)
         except OSError:
             yield lambda n_bytes: None

@@ -10,7 +10,7 @@ ENGINE = SCRIPTS / "keepstill"
 # From the bottom up; modules of one line do not import each other.
 LAYERS = (
     ("", "errors"),
-    ("files", "settings", "kernels", "start", "misnamed"),
+    ("files", "arrivals", "settings", "kernels", "start", "misnamed"),
     (
         *("geometry", "masks", "moving", "smooth", "survey", "lost_slices", "blobs", "team"),
         *("breathing", "cuts"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("sidecars",),
     ("collect", "report", "phantom", "apply", "summary", "verify"),
     ("realign", "echoes"),
-    ("itk_engine",),
+    ("itk_engine", "ahead"),
     ("ranks", "warm", "progress"),
     ("config", "shared_reference"),
     ("config_files", "study", "simulate"),

@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 import runs
+from keepstill.stage import stage_run
 
 CODE = """
 import sys
@@ -66,3 +69,19 @@ def test_kept_kernels_run_without_what_numba_needs_to_compile(tmp_path):
         subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)
     ]
     assert told[1].splitlines()[-1] == "set()"
+
+
+def test_a_staged_run_is_opened_without_nibabel(tmp_path):
+    """By every rank, of which one alone writes headers; what it sees is what staging saw."""
+    source = runs.write_run(tmp_path / "a_bold.nii.gz", runs.ball_run())
+    stage_run(source, "a", None, tmp_path / "stage")
+    code = (
+        "import pathlib, sys; from keepstill.read import open_staged\n"
+        f"run = open_staged(pathlib.Path({str(tmp_path / 'stage')!r}))\n"
+        "print('nibabel' in sys.modules, run.volume(1).sum(), run.layout.affine.tolist())\n"
+        "print(run.layout.header['pixdim'][4], 'nibabel' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    image = nib.load(source)
+    total = np.asarray(image.dataobj)[..., 1].astype(np.float32).sum()
+    assert told.stdout.splitlines() == [f"False {total} {image.affine.tolist()}", "2.0 True"]

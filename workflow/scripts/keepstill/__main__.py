@@ -447,6 +447,7 @@ def _reslice_values(args: argparse.Namespace) -> dict[str, Any]:
 
 def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world: Any) -> None:
     """Stage on rank 0, realign on all, collect on rank 0; the stage directory goes in any case."""
+    from keepstill.ahead import Ahead
     from keepstill.bids import find_sbref
     from keepstill.collect import collect_run, summary_line
     from keepstill.itk_bridge import require_itk
@@ -473,12 +474,17 @@ def _realign_in_world(args: argparse.Namespace, settings: RealignSettings, world
     run, n_threads = first.name, args.threads or n_threads_of(world)
     lines: list[str] = []
     with contextlib.ExitStack() as stack:
-        stage_dir = on_first(world, lambda: _stage(args, first, settings, stack))
+        # A mean of echoes is made once all of them are staged, one after the other.
+        works_ahead = world.size > 1 and settings.engine == "native" and not first.mean_of
+        stage_dir = on_first(world, lambda: _stage_dir(args, first, works_ahead, stack))
+        ahead = Ahead(stage_dir, settings, n_threads) if works_ahead else None
+        meanwhile = ahead.step if ahead and world.rank else None
+        on_first(world, lambda: _stage(stage_dir, first, settings), meanwhile)
         n_mine = len(share(open_staged(stage_dir).n_volumes, world.size, world.rank))
         n_mine *= 2 if settings.reslices_twice else 1
         label = run if world.size == 1 else f"{run} (one of {world.size} ranks)"
         with VolumeProgress(label, n_mine, is_shown=world.rank == 0) as progress:
-            realign_staged(stage_dir, settings, world, Crew(n_threads, progress.count))
+            realign_staged(stage_dir, settings, world, Crew(n_threads, progress.count), ahead)
         with cores_of_all(world, n_threads) as n_all:
             summary = on_first(world, lambda: collect_run(stage_dir, args.out, settings, n_all))
         if settings.reslice:
@@ -505,24 +511,31 @@ def _echo_work(
     return work
 
 
-def _stage(
-    args: argparse.Namespace, run: "Run", settings: RealignSettings, stack: contextlib.ExitStack
+def _stage_dir(
+    args: argparse.Namespace, run: "Run", is_watched: bool, stack: contextlib.ExitStack
 ) -> Path:
-    """Stage the run in a folder that goes with the stack; what can fail early fails first."""
-    from keepstill.bids import Origin
+    """Folder to stage the run in, which goes with the stack; what can fail early fails first."""
+    from keepstill.arrivals import ask_for_arrivals
     from keepstill.files import claim_output_dir
-    from keepstill.mean_echo import stage_mean
-    from keepstill.stage import private_stage_root, single_stage_dir, stage_run
+    from keepstill.stage import private_stage_root, single_stage_dir
 
     claim_output_dir(args.out, run.name)
-    stage_root = private_stage_root(args.stage_root)
-    stage_dir: Path = stack.enter_context(single_stage_dir(stage_root))
+    stage_dir: Path = stack.enter_context(single_stage_dir(private_stage_root(args.stage_root)))
+    if is_watched:
+        ask_for_arrivals(stage_dir)
+    return stage_dir
+
+
+def _stage(stage_dir: Path, run: "Run", settings: RealignSettings) -> None:
+    from keepstill.bids import Origin
+    from keepstill.mean_echo import stage_mean
+    from keepstill.stage import stage_run
+
     origin = Origin(is_multi_echo=bool(run.echoes))
     if run.mean_of:
         stage_mean(dict(run.mean_of), run.name, origin, stage_dir, settings)
     else:
         stage_run(run.source, run.name, origin, stage_dir, settings)
-    return stage_dir
 
 
 def _apply(args: argparse.Namespace) -> int:

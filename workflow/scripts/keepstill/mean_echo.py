@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from keepstill.bids import Origin
 from keepstill.errors import InputError, StageError
-from keepstill.nifti import made_header
+from keepstill.nifti import HEADER_BYTES, made_header, parse_layout
 from keepstill.read import StagedRun, open_staged
 from keepstill.settings import RealignSettings
 from keepstill.stage import STAGED, STAGED_VOXELS, put_staged, remove_stage, stage_run
@@ -60,7 +60,9 @@ def stage_mean(
     voxels_dir = Path(staged.found["voxels_dir"])
     os.replace(voxels_dir / _MEAN, voxels_dir / STAGED_VOXELS)
     sources = [os.path.abspath(path) for path in echoes.values()]
-    found = staged.found | {"input": _joint(inputs), "sources": sources}
+    with (voxels_dir / STAGED_VOXELS).open("rb") as file:
+        layout = parse_layout(file.read(HEADER_BYTES), run, settings.affine_source)
+    found = staged.found | {"input": _joint(inputs), "sources": sources, "layout": layout.facts()}
     put_staged(stage_dir / STAGED, json.dumps(found).encode(), run)
 
 

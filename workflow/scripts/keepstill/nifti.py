@@ -1,5 +1,6 @@
 """NIfTI headers, checked before anything believes them, and made for what we write."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,8 @@ class Layout:
 
     Attributes
     ----------
-    header : nibabel header
+    first_bytes : bytes
+        Of the file, with its header.
     shape : tuple of int
         (nx, ny, nz) or (nx, ny, nz, n).
     dtype : numpy dtype
@@ -56,13 +58,29 @@ class Layout:
         World mm (RAS+) from voxel (x, y, z): the sform, else the qform, else the zooms.
     """
 
-    header: Any
+    first_bytes: bytes
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int
     slope: float
     inter: float
     affine: NDArray[np.float64]
+
+    @functools.cached_property
+    def header(self) -> Any:
+        """The file's header, as nibabel has it."""
+        return _parse_header(self.first_bytes, "")
+
+    def facts(self) -> dict[str, Any]:
+        """All but the header, for JSON; `layout_of` makes the same of it, without nibabel."""
+        return {
+            "shape": self.shape,
+            "dtype": self.dtype.str,
+            "offset": self.offset,
+            "slope": self.slope,
+            "inter": self.inter,
+            "affine": self.affine.tolist(),
+        }
 
     @property
     def n_bytes(self) -> int:
@@ -103,8 +121,6 @@ def parse_layout(first_bytes: bytes, run: str, affine_source: str = "auto") -> L
         If this is no single-file NIfTI header, or one that no file can satisfy.
     """
     header = _parse_header(first_bytes, run)
-    if int(header["pixdim"][0]) not in (-1, 1):
-        header["pixdim"][0] = 1  # as the standard has it
     for name in ("sform_code", "qform_code"):
         if not 0 <= int(header[name]) <= _MOST_FORM_CODE:
             raise InputError(f"{run}: {name} {int(header[name])} found; the header is damaged")
@@ -130,7 +146,7 @@ def parse_layout(first_bytes: bytes, run: str, affine_source: str = "auto") -> L
     with np.errstate(all="ignore"):  # what overflows is refused as damaged
         affine = _affine(header, tuple(sizes), affine_source, run)
     return Layout(
-        header=header,
+        first_bytes=first_bytes,
         shape=tuple(sizes),
         dtype=dtype,
         offset=int(offset),
@@ -138,6 +154,12 @@ def parse_layout(first_bytes: bytes, run: str, affine_source: str = "auto") -> L
         inter=inter,
         affine=affine,
     )
+
+
+def layout_of(first_bytes: bytes, facts: dict[str, Any]) -> Layout:
+    """The layout of which `Layout.facts` told, and the file's first bytes."""
+    known = facts | {"shape": tuple(facts["shape"]), "dtype": np.dtype(facts["dtype"])}
+    return Layout(**known | {"first_bytes": first_bytes, "affine": np.array(facts["affine"])})
 
 
 def _scaling(header: Any, run: str) -> tuple[float, float]:
@@ -419,4 +441,6 @@ def _parse_header(first_bytes: bytes, run: str) -> Any:
         )
     if not 1 <= int(header["dim"][0]) <= 7:
         raise InputError(f"{run}: {int(header['dim'][0])} axes found; the header is damaged")
+    if int(header["pixdim"][0]) not in (-1, 1):
+        header["pixdim"][0] = 1  # as the standard has it
     return header

@@ -15,7 +15,7 @@ import termios
 import time
 import traceback
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import numpy as np
 
 from keepstill import geometry
+from keepstill.ahead import Ahead
 from keepstill.error_bars import with_error_bars
 from keepstill.errors import InputError, KeepstillError, LaunchError
 from keepstill.estimate import Estimate
@@ -63,13 +64,16 @@ _SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
 # Of the names of shared memory that MPICH maps.
 _SEGMENT = "/dev/shm/mpich_shm_"
 
-# How long a rank sleeps between two looks at whether the others have come.
-_NAP_S = 0.0005
+# How long a rank sleeps between two looks at whether the others have come: a part of the time that
+# it has waited, for each look costs some 20 microseconds.
+_NAP_S, _LONGEST_NAP_S, _NAP_PART = 0.0005, 0.005, 0.05
 
 # How long a rank that crashes waits for the launcher to read its traceback.
 _LAST_WORDS_S = 1.0
 
 T = TypeVar("T")
+# Does a little work; whether there was any.
+Meanwhile = Callable[[], bool]
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +87,12 @@ class Alone:
         """All ranks' values, on rank 0."""
         return [value]
 
-    def bcast(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
+    def allgather(self, value: Any, meanwhile: Meanwhile | None = None) -> list[Any]:
+        """All ranks' values, on all ranks."""
+        return [value]
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        """One rank's value, on all ranks."""
         return value
 
     def abort(self, code: int) -> NoReturn:
@@ -103,11 +111,18 @@ class World:
         self._rest()  # until all ranks have mapped what they share
         unlink_segments(Path("/proc/self/maps"))
 
-    def _rest(self) -> None:
-        """Sleep until all ranks are here: MPI's own waiting keeps a core busy."""
-        all_here = self._comm.Ibarrier()
+    def _rest(self, meanwhile: Meanwhile | None = None) -> None:
+        """Sleep until all ranks are here: MPI's own waiting keeps a core busy.
+
+        What can be done meanwhile is done, a little at a time.
+        """
+        all_here, began_s = self._comm.Ibarrier(), time.monotonic()
         while not all_here.Test():
-            time.sleep(_NAP_S)
+            if meanwhile and meanwhile():
+                began_s = time.monotonic()
+            else:
+                waited_s = time.monotonic() - began_s
+                time.sleep(min(max(_NAP_S, _NAP_PART * waited_s), _LONGEST_NAP_S))
 
     def gather(self, value: Any) -> list[Any] | None:
         """All ranks' values, on rank 0."""
@@ -115,10 +130,16 @@ class World:
         gathered: list[Any] | None = self._comm.gather(value)
         return gathered
 
-    def bcast(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
+    def allgather(self, value: Any, meanwhile: Meanwhile | None = None) -> list[Any]:
+        """All ranks' values, on all ranks; those that wait do something meanwhile."""
+        self._rest(meanwhile)
+        gathered: list[Any] = self._comm.allgather(value)
+        return gathered
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        """One rank's value, on all ranks."""
         self._rest()
-        return self._comm.bcast(value)
+        return self._comm.bcast(value, root)
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks, once the launcher has read what this one said."""
@@ -142,40 +163,50 @@ def _await_reader(pipe: int) -> None:
             fcntl.ioctl(pipe, termios.FIONREAD, unread)
 
 
-def together(world: Alone | World, work: Callable[[], T]) -> T:
+def together(world: Alone | World, work: Callable[[], T], meanwhile: Meanwhile | None = None) -> T:
     """Own value of some work that all ranks do, once all have done it.
 
     A user's error on any rank becomes the error of all, so that they end alike, none waits for
-    another that has left, and the first rank tells it once.
+    another that has left, and the first rank tells it once. Ranks that are done before others do
+    something else meanwhile, a little at a time.
 
     Raises
     ------
     KeepstillError
         That of the lowest rank that met one.
     """
-    value: T | None = None
-    error: KeepstillError | None = None
-    try:
-        value = work()
-    except KeepstillError as caught:
-        error = caught
-    errors: list[KeepstillError | None] = world.bcast(world.gather(error))
-    for met in errors:
-        if met is not None:
-            raise met
+    value, error = _tried(work)
+    _raise_first(world.allgather(error, meanwhile))
     return cast(T, value)
 
 
-def together_all(world: Alone | World, work: Callable[[], T]) -> list[T]:
+def _tried(work: Callable[[], T]) -> tuple[T | None, KeepstillError | None]:
+    """Value of some work, or the user's error that it met."""
+    try:
+        return work(), None
+    except KeepstillError as error:
+        return None, error
+
+
+def _raise_first(errors: Iterable[KeepstillError | None]) -> None:
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def together_all(
+    world: Alone | World, work: Callable[[], T], meanwhile: Meanwhile | None = None
+) -> list[T]:
     """Values of all ranks, on all ranks, of some work that all do; errors as in `together`."""
-    values: list[T] = world.bcast(world.gather(together(world, work)))
-    return values
+    tried: list[tuple[T, KeepstillError | None]] = world.allgather(_tried(work), meanwhile)
+    _raise_first(error for _, error in tried)
+    return [value for value, _ in tried]
 
 
-def on_first(world: Alone | World, work: Callable[[], T]) -> T:
+def on_first(world: Alone | World, work: Callable[[], T], meanwhile: Meanwhile | None = None) -> T:
     """Rank 0's value of some work that it alone does, on all ranks; errors as in `together`."""
-    value: T = world.bcast(together(world, lambda: work() if world.rank == 0 else None))
-    return value
+    done = together_all(world, lambda: work() if world.rank == 0 else None, meanwhile)
+    return cast(T, done[0])
 
 
 @contextlib.contextmanager
@@ -186,7 +217,7 @@ def cores_of_all(world: Alone | World, n_threads: int) -> Iterator[int]:
     may threads that it starts.
     """
     mask = os.sched_getaffinity(0)
-    joint = set[int]().union(*world.bcast(world.gather(mask)))
+    joint = set[int]().union(*world.allgather(mask))
     if world.rank == 0 and joint != mask:
         os.sched_setaffinity(0, joint)
     try:
@@ -280,7 +311,7 @@ def run_in_world(n_ranks: int | None, work: Callable[[Alone | World], None]) -> 
 def n_threads_of(world: Alone | World) -> int:
     """Threads for this rank: its affinity mask, shared out among ranks with the same mask."""
     mask = os.uname().nodename, tuple(sorted(os.sched_getaffinity(0)))
-    masks = world.bcast(world.gather(mask))
+    masks = world.allgather(mask)
     return max(1, len(mask[1]) // masks.count(mask))
 
 
@@ -301,10 +332,20 @@ def realign_staged(
     settings: RealignSettings,
     world: Alone | World,
     crew: Crew,
+    ahead: Ahead | None = None,
 ) -> None:
     """Realign the run in a stage directory, together with the other ranks of `world`.
 
     Leaves ``realigned.raw`` filled and ``motion.npz`` beside ``staged.json``.
+
+    Parameters
+    ----------
+    stage_dir : Path
+    settings : RealignSettings
+    world : Alone or World
+    crew : Crew
+    ahead : Ahead or None
+        What this rank has made of the run while it was staged, if all ranks had the opportunity.
 
     Raises
     ------
@@ -314,7 +355,7 @@ def realign_staged(
     if settings.uses_itk:
         together(world, require_itk)
     run = open_staged(stage_dir)
-    target = own_target(run, settings, world, crew)
+    target, ahead = _own_target(run, settings, world, crew, ahead)
     if image := settings.image:
         own = target.reference
         space = on_first(world, lambda: find_space(run.run, own, image, settings))
@@ -323,7 +364,10 @@ def realign_staged(
         target = replace(target, space=space)
     task = Task(run, target, settings)
     by_itk = settings.engine == "itk"
-    found = (_realign_all_by_itk if by_itk else _realign_all)(task, world, crew)
+    if by_itk:
+        found = _realign_all_by_itk(task, world, crew)
+    else:
+        found = _realign_all(task, world, crew, ahead)
     found = replace(found, estimates=with_error_bars(found.estimates))
     if settings.uses_itk:
         check = None if by_itk else _checked_by_itk(task, found, world, crew)
@@ -341,20 +385,41 @@ def own_target(
     InputError
         If it shows no head.
     """
-    target = on_first(world, lambda: choose_target(run, settings))
+    return _own_target(run, settings, world, crew, None)[0]
+
+
+def _own_target(
+    run: StagedRun, settings: RealignSettings, world: Alone | World, crew: Crew, ahead: Ahead | None
+) -> tuple[Target, Ahead | None]:
+    """As `own_target` has it, and what has been made ahead with it."""
+    target, ahead = _first_target(run, settings, world, ahead)
     if settings.reslices_twice or settings.reference == "lowest-motion":
-        return _second_target(Task(run, target, settings), world, crew)
-    return target
+        return _second_target(Task(run, target, settings), world, crew, ahead), None
+    return target, ahead
 
 
-def _second_target(task: Task, world: Alone | World, crew: Crew) -> Target:
+def _first_target(
+    run: StagedRun, settings: RealignSettings, world: Alone | World, ahead: Ahead | None
+) -> tuple[Target, Ahead | None]:
+    """What all volumes are compared with first, and what has been made ahead with it, if any has.
+
+    A rank that has prepared the reference ahead gives it to all.
+    """
+    if ahead:
+        have_it = world.allgather(ahead.is_right(run))
+        if any(have_it):
+            return world.bcast(ahead.target, have_it.index(True)), ahead
+    return on_first(world, lambda: choose_target(run, settings)), None
+
+
+def _second_target(task: Task, world: Alone | World, crew: Crew, ahead: Ahead | None) -> Target:
     """The reference of a second pass, which a first one tells."""
     run, first, settings = task.run, task.target, task.settings
     if settings.reference == "lowest-motion":
-        estimates = list(_estimate_all(task, world, crew).estimates.values())
+        estimates = list(_estimate_all(task, world, crew, ahead).estimates.values())
         return on_first(world, lambda: lowest_motion_target(run, first, estimates, settings))
     plain = replace(settings, reslice=True, outside="zero", non_negative=False)
-    found = _realign_all(Task(run, first, plain), world, crew)
+    found = _realign_all(Task(run, first, plain), world, crew, ahead)
     estimates = list(found.estimates.values())
     if settings.reference == "mean":
         return on_first(world, lambda: mean_target(run, first, estimates, settings))
@@ -364,15 +429,20 @@ def _second_target(task: Task, world: Alone | World, crew: Crew) -> Target:
     return on_first(world, lambda: median_target(run, slices, settings))
 
 
-def _estimate_all(task: Task, world: Alone | World, crew: Crew) -> Part:
-    """What all ranks find of all volumes before the last step, on all ranks."""
+def _estimate_all(task: Task, world: Alone | World, crew: Crew, ahead: Ahead | None) -> Part:
+    """What all ranks find of all volumes before the last step, on all ranks.
+
+    Where some have begun, whoever is free takes the next volume; else all take as many.
+    """
+    if ahead:
+        return merged(together_all(world, lambda: ahead.finish(task, crew)))
     mine = share(task.run.n_volumes, world.size, world.rank)
     return merged(together_all(world, lambda: estimate_volumes(task, mine, crew)))
 
 
-def _realign_all(task: Task, world: Alone | World, crew: Crew) -> Part:
+def _realign_all(task: Task, world: Alone | World, crew: Crew, ahead: Ahead | None) -> Part:
     """Estimate all volumes, fit the run's model, and finish each rank's own."""
-    found = _estimate_all(task, world, crew)
+    found = _estimate_all(task, world, crew, ahead)
     estimates = list(found.estimates.values())
     model = _fit_model(task, estimates, world, crew)
     own = {t: estimates[t] for t in share(task.run.n_volumes, world.size, world.rank)}
@@ -414,7 +484,7 @@ def _fit_model(task: Task, estimates: list[Estimate], world: Alone | World, crew
     fitted = fitted_volumes(task, [estimates[t] for t in chosen], spans)
     reference = task.target.reference
     blocks = share(len(reference.blocks) - 1, world.size, world.rank)
-    team = Team(blocks, crew.n_threads, lambda value: world.bcast(world.gather(value)))
+    team = Team(blocks, crew.n_threads, world.allgather)
     model = fit_run_model(reference, fitted, team)
     return replace(model, learnt_from=frozenset(chosen))
 

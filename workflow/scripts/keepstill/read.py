@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.errors import InputError
-from keepstill.nifti import HEADER_BYTES, Layout, parse_image_layout, parse_layout
+from keepstill.nifti import HEADER_BYTES, Layout, layout_of, parse_image_layout
 from keepstill.stage import (
     REALIGNED_VOXELS,
     STAGED,
@@ -84,11 +84,27 @@ class StagedRun:
 
 def open_staged(stage_dir: Path) -> StagedRun:
     """The run in a stage directory; its voxels are mapped, not read."""
-    found = json.loads((stage_dir / STAGED).read_text())
+    return _opened(json.loads((stage_dir / STAGED).read_text()))
+
+
+def open_arriving(known: dict[str, Any], n_dummy: int) -> StagedRun:
+    """A run of which not all voxels are there; those that are not are 0.
+
+    Parameters
+    ----------
+    known : dict
+        What `arrivals.Arrivals.known` says.
+    n_dummy : int
+        Dummy volumes that are taken for granted.
+    """
+    return _opened(known | {"n_dummy": n_dummy})
+
+
+def _opened(found: dict[str, Any]) -> StagedRun:
     voxels_dir = Path(found["voxels_dir"])
     path = voxels_dir / STAGED_VOXELS
     with path.open("rb") as file:
-        layout = parse_layout(file.read(HEADER_BYTES), found["run"], found["affine_source"])
+        layout = layout_of(file.read(HEADER_BYTES), found["layout"])
     voxels = map_volumes(path, layout)
     return StagedRun(found["run"], layout, voxels, voxels_dir / REALIGNED_VOXELS, found)
 

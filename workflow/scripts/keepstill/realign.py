@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,12 +66,38 @@ class Crew:
     on_volume: Progress = lambda t: None
 
     def each(self, work: Callable[[int], T], volumes: Iterable[int]) -> dict[int, T]:
-        """Result of some work on each of some volumes."""
-        chosen = list(volumes)
+        """Result of some work on each of some volumes, which are asked for one by one."""
         if self.n_threads == 1:  # a pool of one costs a tenth
-            return {t: work(t) for t in chosen}
+            return {t: work(t) for t in volumes}
+        waiting, found = _Waiting(volumes), dict[int, T]()
         with ThreadPoolExecutor(self.n_threads) as pool:
-            return dict(zip(chosen, pool.map(work, chosen), strict=True))
+            try:
+                for done in pool.map(
+                    lambda i: {t: work(t) for t in waiting}, range(self.n_threads)
+                ):
+                    found |= done
+            except BaseException:
+                waiting.leave()
+                raise
+        return {t: found[t] for t in sorted(found)}
+
+
+class _Waiting:
+    """Volumes that threads take one by one."""
+
+    def __init__(self, volumes: Iterable[int]) -> None:
+        self._volumes, self._lock = iter(volumes), threading.Lock()
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        with self._lock:
+            return next(self._volumes)
+
+    def leave(self) -> None:
+        """Leave what nobody has taken yet."""
+        self._volumes = iter(())
 
 
 @dataclass(frozen=True)
@@ -168,10 +194,23 @@ def choose_target(run: StagedRun, settings: RealignSettings) -> Target:
     InputError
         If it shows no head.
     """
+    return target_of(run, _next_with_signal(run, named_volume(run, settings)), settings)
+
+
+def named_volume(run: StagedRun, settings: RealignSettings) -> int:
+    """Number of the volume that the settings name, whether or not it shows anything."""
     t = run.n_dummy
-    if settings.reference == "middle":
-        t += (run.n_volumes - t) // 2
-    t = _next_with_signal(run, t)
+    return t + (run.n_volumes - t) // 2 if settings.reference == "middle" else t
+
+
+def target_of(run: StagedRun, t: int, settings: RealignSettings) -> Target:
+    """Volume t of a run as reference.
+
+    Raises
+    ------
+    InputError
+        If it shows no head.
+    """
     return Target(_prepared(run, run.volume(t), f"volume {t}", settings), t)
 
 
@@ -240,11 +279,15 @@ def _on_grid_of(
 def _next_with_signal(run: StagedRun, first: int) -> int:
     """Number of the first volume, from `first` on, that shows anything."""
     for t in (*range(first, run.n_volumes), *range(first)):
-        volume = run.volume(t)
-        numbers = volume[np.isfinite(volume)]
-        if numbers.size and numbers.min() != numbers.max():
+        if shows_anything(run.volume(t)):
             return t
     return first
+
+
+def shows_anything(volume: NDArray[np.float32]) -> bool:
+    """Whether a volume has two values that differ."""
+    numbers = volume[np.isfinite(volume)]
+    return bool(numbers.size and numbers.min() != numbers.max())
 
 
 def mean_target(
@@ -325,8 +368,7 @@ def lowest_motion_target(
     places = geometry.pose_places_mm(matrices, first.reference.centre_mm)
     others = places[_steady(run, estimates)]
     far_mm = [np.sqrt(((others - places[t]) ** 2).sum(axis=1)).mean() for t in candidates]
-    t = candidates[int(np.argmin(far_mm))]
-    return Target(_prepared(run, run.volume(t), f"volume {t}", settings), t)
+    return target_of(run, candidates[int(np.argmin(far_mm))], settings)
 
 
 def _made_target(run: StagedRun, volume: NDArray[np.float32], settings: RealignSettings) -> Target:
@@ -353,8 +395,8 @@ def estimate_volumes(task: Task, volumes: Iterable[int], crew: Crew) -> Part:
 
     Each volume depends on itself and the reference alone: not on the others, not on who does it.
     """
-    worker = _Worker(task)
-    return Part(crew.each(worker.estimate, volumes), worker.missing, worker.n_missing)
+    worker = Worker(task)
+    return worker.part(crew.each(worker.estimate, volumes))
 
 
 def model_volumes(task: Task, estimates: list[Estimate]) -> list[int]:
@@ -387,7 +429,7 @@ def write_residuals(
     """
     if not slots:
         return {}
-    worker = _Worker(task)
+    worker = Worker(task)
     residuals = open_residuals(task.run, task.target, max(slots.values()) + 1)
 
     def write(t: int) -> NDArray[np.int64]:
@@ -438,7 +480,7 @@ def finish_volumes(
     model : RunModel
     crew : Crew
     """
-    worker, run, target = _Worker(task), task.run, task.target
+    worker, run, target = Worker(task), task.run, task.target
     own_pose = np.eye(4)
     if target.volume is not None:
         still = worker.last_step(target.volume, _AT_REST, model)
@@ -476,7 +518,7 @@ def _prepared(
         raise InputError(f"{run.run}: {name}: {error}; choose another reference") from error
 
 
-class _Worker:
+class Worker:
     """What one volume needs; each thread has work space of its own."""
 
     def __init__(self, task: Task) -> None:
@@ -487,8 +529,12 @@ class _Worker:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._wide: Wide | None = None
-        self.missing: NDArray[np.bool_] | None = None
-        self.n_missing = 0
+        self._missing: NDArray[np.bool_] | None = None
+        self._n_missing = 0
+
+    def part(self, estimates: dict[int, Estimate]) -> Part:
+        """What was found, with the values that were missing on the way."""
+        return Part(estimates, self._missing, self._n_missing)
 
     def estimate(self, t: int) -> Estimate:
         """Estimate of volume t, but for its last step."""
@@ -577,8 +623,8 @@ class _Worker:
 
     def _note_missing(self, missing: NDArray[np.bool_]) -> None:
         with self._lock:
-            self.missing = missing if self.missing is None else self.missing | missing
-            self.n_missing += int(missing.sum())
+            self._missing = missing if self._missing is None else self._missing | missing
+            self._n_missing += int(missing.sum())
 
     def _reslice(
         self, volume: NDArray[np.float32], moving: Moving, estimate: Estimate

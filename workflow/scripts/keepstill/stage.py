@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
+from keepstill.arrivals import telling
 from keepstill.bids import Origin
 from keepstill.breathing import check_filter
 from keepstill.errors import InputError, StageError
@@ -111,7 +112,10 @@ def stage_run(
     refuse_impossible_size(layout, stamp.bytes, run)
     voxels_dir = _reserve(stage_dir, layout, settings, run)
     try:
-        _write_voxels(chunks, voxels_dir / STAGED_VOXELS, layout, run)
+        arriving: dict[str, Any] = {"run": run, "metadata": metadata, "voxels_dir": str(voxels_dir)}
+        arriving["layout"] = layout.facts()
+        with telling(stage_dir, arriving) as tell:
+            _write_voxels(chunks, voxels_dir / STAGED_VOXELS, layout, run, tell)
         volumes = map_volumes(voxels_dir / STAGED_VOXELS, layout)
         seen = _look_over(volumes, layout, metadata, settings, run)
     except BaseException:
@@ -120,9 +124,7 @@ def stage_run(
     warnings += seen["warnings"]
     for warning in warnings:
         _log.warning("%s", warning)
-    known = seen | {"warnings": warnings, "metadata": metadata}
-    known["affine_source"] = settings.affine_source
-    known["voxels_dir"] = str(voxels_dir)
+    known = arriving | seen | {"warnings": warnings}
     known["input"] = {"sha256": chunks.sha256(), "bytes": stamp.bytes, "stamp": asdict(stamp)}
     put_staged(stage_dir / STAGED, json.dumps(_identity(source, run, origin) | known).encode(), run)
 
@@ -479,8 +481,10 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _write_voxels(chunks: Chunks, path: Path, layout: Layout, run: str) -> None:
-    n_bytes = 0
+def _write_voxels(
+    chunks: Chunks, path: Path, layout: Layout, run: str, tell: Callable[[int], None]
+) -> None:
+    n_bytes, n_told = 0, 0
     with path.open("r+b") as file:
         for chunk in chunks:
             n_bytes += len(chunk)
@@ -490,6 +494,10 @@ def _write_voxels(chunks: Chunks, path: Path, layout: Layout, run: str) -> None:
                     f"(axes {layout.shape}); header and voxels do not belong together"
                 )
             file.write(chunk)
+            if n_bytes - n_told >= _CHUNK_BYTES:  # chunks of small gzip members are smaller
+                file.flush()
+                tell(n_bytes)
+                n_told = n_bytes
     if n_bytes < layout.n_bytes:
         raise InputError(
             f"{run}: {n_bytes} of {layout.n_bytes} bytes found (axes {layout.shape}); "

@@ -100,7 +100,7 @@ def size_mm(steps):
 
 
 def test_fields_that_a_run_is_made_of(reference, maps, spans, steps):
-    """Fields to the ridge's and noise's 7%, steps to a tenth; without fields they are off by half."""
+    """Fields to the ridge's and noise's 7%, steps to a tenth; without fields they go astray."""
     n = reference.last.points.values.size
     fields = (STRENGTH * np.random.default_rng(4).normal(size=(7, n))).astype(np.float32)
     fields[0] = 0

@@ -12,7 +12,16 @@ from typing import Any
 
 from keepstill.arrivals import Arrivals, Turns
 from keepstill.errors import KeepstillError
-from keepstill.kernels import aliasing, bspline, components, passes, sampling, small, sums
+from keepstill.kernels import (
+    aliasing,
+    bspline,
+    components,
+    courses,
+    passes,
+    sampling,
+    small,
+    sums,
+)
 from keepstill.kernels.cache import load_kept
 from keepstill.read import StagedRun, open_arriving
 from keepstill.realign import (
@@ -36,7 +45,7 @@ _KERNELS = (
     *(sampling.narrow_spans, sampling.fill_unmoved, passes.passes_of, passes.fill_by_passes),
     *(sums.to_residuals, sums.block_sums, sums.outside_normal, sums.outside_normals),
     *(aliasing.row_phases, aliasing.wave_tables, aliasing.fill_factors, aliasing.fit_fields),
-    aliasing.take_off_aliasing,
+    *(aliasing.take_off_aliasing, courses.fill_left, courses.map_of, courses.course_of),
 )
 
 

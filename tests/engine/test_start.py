@@ -33,7 +33,7 @@ def test_scipy_stays_away_until_it_is_asked_for():
 # What costs a tenth of a second or more to import, and no step of a run needs.
 HEAVY = {
     *("scipy.linalg", "pandas", "pyarrow", "bids2table", "snakemake", "jsonschema", "matplotlib"),
-    *("jinja2", "mpi4py", "itk", "nibabel.testing", "numba.np.arraymath"),
+    *("jinja2", "mpi4py", "itk", "nibabel.testing", "numba.np.arraymath", "yaml"),
 }
 STEPS = {
     "stage": ("import keepstill.stage, keepstill.mean_echo, keepstill.lanes", HEAVY | {"numba"}),

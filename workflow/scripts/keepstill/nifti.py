@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepstill.errors import InputError
-from keepstill.start import without_scipy
+from keepstill.start import without_extras
 
 # Bytes that hold the header of either version of NIfTI, extensions aside.
 HEADER_BYTES = 540
@@ -287,7 +287,7 @@ def check_units(layout: Layout, run: str) -> list[str]:
 
 def _nibabel() -> Any:
     """nibabel, which takes 0.1 s to import: ranks that are not the first need none of it."""
-    return without_scipy("nibabel")
+    return without_extras("nibabel")
 
 
 def _header_error() -> type[Exception]:

@@ -1,6 +1,6 @@
 """The whole benchmark: accuracy, nuisances and cost, as a table, JSON and a picture.
 
-    python benchmarks/bench.py [--output docs] [--seeds 5] [--volumes 100] [--repeats 3]
+    python benchmarks/bench.py [--output docs] [--seeds 5] [--volumes 100] [--repeats 5]
                                [--cases drift ...] [--point-spreads sharp] [--cache DIR]
 
 Everything is made with the engine's defaults, of one commit. Exits with 1 if anything that is
@@ -105,7 +105,7 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     accuracy.add_arguments(parser)
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each cost, of "
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each cost, of "
                         "which the least counts; 0 leaves cost out")  # fmt: skip
     parser.add_argument("--output", type=Path, default=CLONE / "docs", metavar="DIR")
     args = parser.parse_args()

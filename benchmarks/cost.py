@@ -1,6 +1,6 @@
 """Cost of realigning: processor time in units that any machine has, memory, reslicing.
 
-    python benchmarks/cost.py [--repeats 3] [--cache DIR]
+    python benchmarks/cost.py [--repeats 5] [--cache DIR]
 
 1 G is the processor time of `gzip -dc RUN | gzip -1 > /dev/null` on the same .nii.gz, measured in
 turn with the others. Processor time is that of whole processes and all their children, kernel
@@ -210,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="the least counts")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="the least counts")
     parser.add_argument("--cache", type=Path, default=default_folder(), metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
     args = parser.parse_args()

@@ -1,11 +1,14 @@
 """Working ahead, by hand: what is whole is estimated, each volume once, as it would be later."""
 
 import json
+import os
+import weakref
 
 import numpy as np
 import pytest
 
 import runs
+from keepstill import ranks
 from keepstill.ahead import Ahead
 from keepstill.arrivals import Arrivals, Turns, ask_for_arrivals, telling
 from keepstill.errors import InputError
@@ -92,6 +95,44 @@ def test_dummies_that_were_not_expected_make_it_wrong(tmp_path):
     assert ahead.target.volume == 0 and not ahead.is_right(open_staged(stage_dir))
 
 
+def test_what_is_wrong_is_left(tmp_path):
+    """The reference that nobody needs is not held beside the right one."""
+    data = runs.ball_run(N_VOLUMES, SHAPE)
+    data[..., :2] *= 2
+    stage_dir = staged(tmp_path, data)
+    ahead = work_ahead(stage_dir)
+    wrong = weakref.ref(ahead.target.reference)
+    target, rest = ranks._first_target(open_staged(stage_dir), PLAIN, ranks.Alone(), ahead)
+    assert target.volume == 2 and rest is None
+    assert wrong() is None and not ahead.step()
+
+
+def test_what_goes_wrong_with_a_volume_is_not_taken_for_a_run_that_is_gone(tmp_path, monkeypatch):
+    def fail(worker, t):
+        raise OSError(5, "Input/output error")
+
+    stage_dir = staged(tmp_path)
+    monkeypatch.setattr("keepstill.realign.Worker.estimate", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        work_ahead(stage_dir)
+
+
+def test_threads_start_for_volumes_alone(tmp_path, monkeypatch):
+    asked = []
+    each = Crew.each
+
+    def counted(crew, work, volumes):
+        asked.append(list(volumes))
+        return each(crew, work, asked[-1])
+
+    monkeypatch.setattr(Crew, "each", counted)
+    stage_dir = staged(tmp_path)
+    let_arrive(stage_dir, 5)
+    ahead = work_ahead(stage_dir, n_threads=2)
+    assert not ahead.step() and not ahead.step()
+    assert asked == [[0, 1], [2, 3], [4]]
+
+
 def test_an_empty_first_volume_is_left_to_whoever_sees_the_others(tmp_path):
     data = runs.ball_run(N_VOLUMES, SHAPE)
     data[..., 0] = 0
@@ -128,6 +169,24 @@ def test_without_room_to_tell_a_run_is_staged_all_the_same(tmp_path, monkeypatch
     assert Arrivals(stage_dir).n_bytes() == 0
     assert work_ahead(stage_dir).target is None
     assert open_staged(stage_dir).n_volumes == N_VOLUMES
+
+
+def test_room_for_half_of_what_is_known_is_no_room(tmp_path, monkeypatch):
+    """A full disk takes the beginning of what is written, and tells by its number of bytes."""
+    put, take = os.pwrite, os.posix_fallocate
+
+    def almost_full(handle, offset, n_bytes):
+        if n_bytes > 100:
+            raise OSError(28, "No space left on device")
+        take(handle, offset, n_bytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keepstill.arrivals.os.posix_fallocate", almost_full)
+        patch.setattr("keepstill.arrivals.os.pwrite", lambda h, b, at: put(h, b[:100], at))
+        ask_for_arrivals(tmp_path)
+        with telling(tmp_path, {"metadata": "x" * 200}) as tell:
+            tell(5)
+    assert Arrivals(tmp_path).n_bytes() == 0
 
 
 def test_nobody_is_told_where_nobody_asked(tmp_path):

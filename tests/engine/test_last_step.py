@@ -201,6 +201,14 @@ def test_aliasing_is_told_over_what_is_left(turned):
     assert found.aliasing == pytest.approx(2, rel=0.001)
 
 
+def test_a_step_that_is_no_number_is_not_taken(turned):
+    _, volumes, reference, (_, estimate) = turned
+    n = reference.last.points.values.size
+    nothing = RunModel(np.full((7, n), np.nan, np.float32))
+    moving = modelled.moving_of(volumes[1], reference)
+    assert take_last_step(moving, AFFINE, reference, estimate, nothing) is estimate
+
+
 def test_noise_alone_gives_the_covariance_that_it_says(turned):
     """Fresh noise on the still reference: steps spread as the covariance has it."""
     _, volumes, reference, _ = turned

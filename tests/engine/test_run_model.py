@@ -8,7 +8,7 @@ import pytest
 import modelled
 import naive
 import runs
-from keepstill import geometry, phantom, run_model
+from keepstill import activity, geometry, phantom, run_model
 from keepstill.estimate import allowed_step
 from keepstill.kernels.aliasing import take_off_aliasing
 from keepstill.kernels.sums import outside_normal
@@ -278,6 +278,19 @@ def test_steps_leave_no_trace_in_the_probe(reference, maps, spans, steps):
     probe = modelled.model_of(reference, fitted).activity.probe.astype(float)
     moved = reference.last.points.jacobian[:6].astype(float)
     assert np.abs(moved @ probe).max() < 1e-4 * np.abs(moved * probe).sum(axis=1).max()
+
+
+@pytest.mark.parametrize("power", [-60, 60])
+def test_activity_is_found_in_any_unit_of_intensity(reference, power):
+    """A map of the course is as large as intensities: its numbers, and their sums, stay numbers."""
+    rng = np.random.default_rng(6)
+    on = np.where(np.arange(N_VOLUMES) % 16 < 8, 1.0, -1.0)
+    parts = rng.random(3000) < 0.07
+    plain = (rng.normal(size=(N_VOLUMES, 3000)) + np.outer(on, parts)).astype(np.float32)
+    found = [activity._course(np.ldexp(plain, p)) for p in (0, power)]
+    np.testing.assert_array_equal(*found)
+    assert np.sign(found[0] * found[0][0]).tolist() == np.sign(on * on[0]).tolist()
+    assert 0.5 <= np.abs(found[0]).max() < 1
 
 
 def test_noise_is_no_activity(reference, maps, spans, steps):

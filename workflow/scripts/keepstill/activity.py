@@ -122,9 +122,13 @@ def _course(left: NDArray[np.float32]) -> Matrix | None:
         course = course_of(left, np.where(_is_out(seen, _FAR), seen, 0.0))
         course[odd] = 0.0
     outliers = float((seen[_is_out(seen, _OUT)] ** 2).sum())
-    shown_by = float((course**2).sum() ** 2 / (course**4).sum()) if course.any() else 0.0
-    is_found = outliers > _LEAST_POWER * float((seen**2).sum())
-    return course if is_found and shown_by > _LEAST_VOLUMES * len(course) else None
+    if not (course.any() and outliers > _LEAST_POWER * float((seen**2).sum())):
+        return None
+    # By a power of two, which rounds nothing: its map is to fit in a float32 at any intensity.
+    course = np.ldexp(course, -np.frexp(np.abs(course).max())[1])
+    squares = course**2  # twice, since numpy's fourth power differs between processors
+    shown_by = float(squares.sum() ** 2 / (squares**2).sum())
+    return course if shown_by > _LEAST_VOLUMES * len(course) else None
 
 
 def _is_out(values: Matrix, times: float) -> NDArray[np.bool_]:

@@ -6,6 +6,7 @@ it, and when, changes no byte. The number of dummy volumes is found once all is 
 not what was taken for granted, what was made ahead is dropped.
 """
 
+import itertools
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,11 @@ class Ahead:
         """Whether this rank's reference is that of the run, now that it is staged."""
         return self.target is not None and run.n_dummy == self._n_dummy
 
+    def leave(self) -> None:
+        """Go no further; with its work space goes this rank's own copy of the reference."""
+        self._work.close()
+        self.target = None
+
     def finish(self, task: Task, crew: Crew) -> Part:
         """What this rank found ahead, and what it finds while there are volumes left.
 
@@ -91,8 +97,7 @@ class Ahead:
         KeepstillError
             That of a volume ahead.
         """
-        self._work.close()  # and with it goes this rank's own copy of the reference
-        self.target = None
+        self.leave()
         if self._error:
             raise self._error
         turns = self._turns.all_below(task.run.n_volumes)
@@ -107,11 +112,12 @@ class Ahead:
             yield False
         try:
             run = open_arriving(self._arrivals.known(), self._n_dummy)
+        except OSError:  # removed, since the run cannot be staged
+            return
+        try:
             yield from self._prepare(run)
             if self.target:
                 yield from self._estimate(Task(run, self.target, self._settings))
-        except OSError:  # removed, since the run cannot be staged
-            return
         except KeepstillError as error:
             self._error = error
 
@@ -128,10 +134,11 @@ class Ahead:
         worker, found = Worker(task), dict[int, Any]()
         while True:
             end = self._n_whole(task.run)
-            turns = [self._turns.take(end) for _ in range(self._crew.n_threads)]
-            found |= self._crew.each(worker.estimate, [t for t in turns if t is not None])
-            self._found = worker.part(found)
-            yield turns[0] is not None
+            turns = list(itertools.islice(self._turns.all_below(end), self._crew.n_threads))
+            if turns:  # else threads would start for nothing, at each look
+                found |= self._crew.each(worker.estimate, turns)
+                self._found = worker.part(found)
+            yield bool(turns)
 
     def _n_whole(self, run: StagedRun) -> int:
         """Number of volumes that have arrived."""

@@ -43,8 +43,11 @@ def telling(stage_dir: Path, known: dict[str, Any]) -> Iterator[Callable[[int], 
             handle, turn = (os.open(stage_dir / name, os.O_WRONLY) for name in (_ARRIVED, _TURN))
             stack.callback(os.close, handle)
             stack.callback(os.close, turn)
-            os.posix_fallocate(turn, 0, _NUMBER_BYTES)  # before anybody takes one
-            os.pwrite(handle, json.dumps(known).encode(), _NUMBER_BYTES)
+            content = json.dumps(known).encode()
+            # All room at once, before anybody takes a turn: half of what is known could be written.
+            os.posix_fallocate(turn, 0, _NUMBER_BYTES)
+            os.posix_fallocate(handle, 0, _NUMBER_BYTES + len(content))
+            os.pwrite(handle, content, _NUMBER_BYTES)
         except OSError:
             yield lambda n_bytes: None
         else:

@@ -109,7 +109,7 @@ def take_last_step(
     sums, outside = _by_cell(level.points, reference.cells, residuals, spans)
     normal, totals = level.normal - total_of(outside), total_of(sums)
     step, regular = allowed_step(normal, totals[:N_COLUMNS], reference.basis)
-    if not regular or geometry.step_size_mm(step[:6, 0]) > _FURTHEST_MM:
+    if not (regular and geometry.step_size_mm(step[:6, 0]) <= _FURTHEST_MM):  # nor NaN
         return estimate
     n_inside, squares = int(np.diff(spans).sum()), float(totals[N_COLUMNS])
     variance = squares / max(n_inside - N_COLUMNS, 1)

@@ -409,6 +409,7 @@ def _first_target(
         have_it = world.allgather(ahead.is_right(run))
         if any(have_it):
             return world.bcast(ahead.target, have_it.index(True)), ahead
+        ahead.leave()
     return on_first(world, lambda: choose_target(run, settings)), None
 
 

@@ -42,14 +42,13 @@ class EstimateSettings:
         flat between 1.6 and 2.
     last_lowpass_fwhm_voxels : float
         The same for the last step, which is taken once aliasing is known: it may be narrower. At
-        1.1 voxels errors of blurred images are 3 to 5% smaller, but those of sharp ones are hardly,
-        and more of them is aliasing that error bars do not see.
+        1.4 voxels errors of blurred images are 3 to 5% larger, those of sharp ones hardly.
     tolerance_mm : float
         The last step is taken once no more than this (rms, mm) is to be expected of it.
     max_iterations : int
         A volume that has not converged by then is marked as failed.
     model_volumes : int
-        Aliasing and shading are learnt from at most so many volumes of the run; 0 leaves them.
+        Aliasing, shading and activity are learnt from at most so many volumes; 0 leaves them.
     min_overlap : float
         Smallest part of the reference's sampling points, 0 to 1, that must lie inside the
         moving volume's field of view.

@@ -281,7 +281,7 @@ def take_off_aliasing(residuals, points, spans, to_moving, fields):
     return out
 
 
-def left_of(points, fitted, fields, steps):
+def fill_left(points, fitted, fields, steps):
     """What fields and steps leave of residuals at the points of rows, (m, k)."""
     out = []
     for voxel, place in voxels_of(points.rows):
@@ -289,6 +289,16 @@ def left_of(points, fitted, fields, steps):
         residuals = fitted.residuals[fitted.slots, place] - steps @ points.jacobian[:, place]
         out.append(w[:, 0] * residuals - w @ fields[:, place])
     return np.array(out).T
+
+
+def map_of(left, course):
+    """Sum over volumes of (m, k), each times its value of a course."""
+    return course @ left.astype(float)
+
+
+def course_of(left, weights):
+    """Sum over points of (m, k), each times its weight."""
+    return left.astype(float) @ weights
 
 
 def take_off_pattern(residuals, points, spans, pattern, probe):

@@ -11,7 +11,7 @@ import runs
 from keepstill import ranks
 from keepstill.ahead import Ahead
 from keepstill.arrivals import Arrivals, Turns, ask_for_arrivals, telling
-from keepstill.errors import InputError
+from keepstill.errors import InputError, StageError
 from keepstill.read import open_staged
 from keepstill.realign import Crew, Task, choose_target, estimate_volumes, merged
 from keepstill.settings import RealignSettings
@@ -169,6 +169,11 @@ def test_without_room_to_tell_a_run_is_staged_all_the_same(tmp_path, monkeypatch
     assert Arrivals(stage_dir).n_bytes() == 0
     assert work_ahead(stage_dir).target is None
     assert open_staged(stage_dir).n_volumes == N_VOLUMES
+
+
+def test_a_stage_directory_that_takes_no_file_is_told(tmp_path):
+    with pytest.raises(StageError, match="gone: No such file or directory; choose"):
+        ask_for_arrivals(tmp_path / "gone")
 
 
 def test_room_for_half_of_what_is_known_is_no_room(tmp_path, monkeypatch):

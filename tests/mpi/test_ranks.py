@@ -342,3 +342,37 @@ def test_killed_ranks_leave_no_segment(tmp_path):
     name = done.stdout.splitlines()[0]
     assert name.endswith(" (deleted)"), done
     assert not Path(name.removesuffix(" (deleted)")).exists()
+
+
+ENDS = """
+import os, signal, sys, time
+from keepstill import __main__, ranks
+signal.signal(signal.SIGTERM, __main__._end)
+told = {{"SIGTERM": (1,), "SIGINT": (0, 1)}}[{name!r}]
+def work(world):
+    try:
+        if world.rank in told:
+            os.kill(os.getpid(), signal.{name})
+        world.gather(None)
+    finally:
+        if world.rank in told:
+            time.sleep(0.2 if world.rank == 0 else 0)
+            print("tidied by", world.rank, flush=True)
+sys.exit(ranks.run_in_world(2, work))
+"""
+
+
+@pytest.mark.parametrize(("name", "code", "tidied"), [("SIGTERM", 143, "1"), ("SIGINT", 130, "01")])
+def test_a_rank_that_is_told_to_end_ends_all(name, code, tidied):
+    """The others do not wait for one that was told alone; where all were, rank 0 clears up."""
+    done = subprocess.run(
+        [MPIRUN, "-n", "2", sys.executable, "-c", ENDS.format(name=name)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": SCRIPTS},
+        check=False,
+    )
+    assert done.returncode == code
+    said = sorted(line.split()[-1] for line in done.stdout.splitlines())
+    assert said == list(tidied) and "Traceback" not in done.stderr

@@ -2,11 +2,15 @@
 
 Where a few percent of the head brighten with a task, a fit takes some of it for motion. One volume
 cannot tell: what is left of its residuals is as large as its noise. A run can. The course over
-volumes whose map has the most outliers is that of activity, if there is any: noise, and errors of
-the motion, make maps without. What stands out of that map is the activity's pattern, and the
+volumes whose map has the most outliers is that of activity, if there is any: even noise, and errors
+of the motion, make maps without. What stands out of that map is the activity's pattern, and the
 motion that it had passed for is told from the rest of the map, by a regression that leaves the
 pattern out. Each volume then has as much of the pattern taken off as it holds, found by a probe
 that no motion moves.
+
+Noise that is much louder in a few places than in others makes outliers too, and passes for
+activity. Simulated in scattered voxels, errors changed by a tenth at most, either way; where it was
+one signal in a ventricle they fell to between 0.5 and 0.8 of what they were.
 
 To look for directions in which data are least Gaussian is projection pursuit (Friedman & Tukey
 1974, IEEE Trans. Comput. C-23:881; Hyvarinen & Oja 1997, Neural Comput. 9:1483, for the fixed

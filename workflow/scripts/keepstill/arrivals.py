@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from keepstill.errors import StageError
+
 _ARRIVED, _TURN = "arrived", "turn"
 _NUMBER_BYTES = 8
 
@@ -21,9 +23,19 @@ def ask_for_arrivals(stage_dir: Path) -> None:
     """Ask, before a run is staged in its folder, to be told what arrives.
 
     The files are empty, which is 0, and takes no room: there may be none.
+
+    Raises
+    ------
+    StageError
+        If there may not even be another file.
     """
-    for name in (_ARRIVED, _TURN):
-        os.close(os.open(stage_dir / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        for name in (_ARRIVED, _TURN):
+            os.close(os.open(stage_dir / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except OSError as error:
+        raise StageError(
+            f"stage directory {stage_dir}: {error.strerror}; choose another stage_root"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -300,12 +300,21 @@ def run_in_world(n_ranks: int | None, work: Callable[[Alone | World], None]) -> 
             print(f"keepstill: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        world.abort(130)
+        _end_all(world, 130)
+    except SystemExit as end:  # one rank alone may be told to: the others would wait for ever
+        _end_all(world, end.code if isinstance(end.code, int) else 1)
     except Exception:
         # In one piece: by line, a launcher may hear of the end between two of them.
         sys.stderr.write(traceback.format_exc())
         world.abort(1)
     return 0
+
+
+def _end_all(world: Alone | World, code: int) -> NoReturn:
+    """End all ranks, the first one last: it clears the stage root, if it was told to end too."""
+    if world.rank:
+        time.sleep(_LAST_WORDS_S)
+    world.abort(code)
 
 
 def n_threads_of(world: Alone | World) -> int:

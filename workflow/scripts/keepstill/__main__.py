@@ -527,6 +527,7 @@ def _stage_dir(
 
 
 def _stage(stage_dir: Path, run: "Run", settings: RealignSettings) -> None:
+    """Stage a run, or the mean of its echoes, in a folder."""
     from keepstill.bids import Origin
     from keepstill.mean_echo import stage_mean
     from keepstill.stage import stage_run

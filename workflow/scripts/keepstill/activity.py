@@ -9,8 +9,7 @@ pattern out. Each volume then has as much of the pattern taken off as it holds, 
 that no motion moves.
 
 Noise that is much louder in a few places than in others makes outliers too, and passes for
-activity. Simulated in scattered voxels, errors changed by a tenth at most, either way; where it was
-one signal in a ventricle they fell to between 0.5 and 0.8 of what they were.
+activity.
 
 To look for directions in which data are least Gaussian is projection pursuit (Friedman & Tukey
 1974, IEEE Trans. Comput. C-23:881; Hyvarinen & Oja 1997, Neural Comput. 9:1483, for the fixed
@@ -125,14 +124,21 @@ def _course(left: NDArray[np.float32]) -> Matrix | None:
         seen = map_of(left, course / size)
         course = course_of(left, np.where(_is_out(seen, _FAR), seen, 0.0))
         course[odd] = 0.0
-    outliers = float((seen[_is_out(seen, _OUT)] ** 2).sum())
-    if not (course.any() and outliers > _LEAST_POWER * float((seen**2).sum())):
-        return None
     # By a power of two, which rounds nothing: its map is to fit in a float32 at any intensity.
     course = np.ldexp(course, -np.frexp(np.abs(course).max())[1])
+    return course if _has_outliers(seen) and _is_of_many(course) else None
+
+
+def _has_outliers(seen: Matrix) -> bool:
+    """Whether outliers hold more of a map's power than noise would give them."""
+    outliers = float((seen[_is_out(seen, _OUT)] ** 2).sum())
+    return outliers > _LEAST_POWER * float((seen**2).sum())
+
+
+def _is_of_many(course: Matrix) -> bool:
+    """Whether many volumes make a course, by its participation ratio."""
     squares = course**2  # twice, since numpy's fourth power differs between processors
-    shown_by = float(squares.sum() ** 2 / (squares**2).sum())
-    return course if shown_by > _LEAST_VOLUMES * len(course) else None
+    return bool(squares.sum() ** 2 > _LEAST_VOLUMES * len(course) * (squares**2).sum())
 
 
 def _is_out(values: Matrix, times: float) -> NDArray[np.bool_]:

@@ -364,7 +364,7 @@ def _complete(
 
 
 @part
-def _take_off_fields(
+def take_off_fields(
     left: NDArray[np.float32],
     waves: NDArray[np.float32],
     fields: NDArray[np.float32],
@@ -408,7 +408,7 @@ def take_off_aliasing(
     for r in range(rows.shape[0]):
         at = rows[r, 4]
         fill_waves(waves, table, phases[r], rows[r, 3])
-        _take_off_fields(residuals, waves, fields, (at, at, spans[r, 0], spans[r, 1]))
+        take_off_fields(residuals, waves, fields, (at, at, spans[r, 0], spans[r, 1]))
 
 
 @kernel

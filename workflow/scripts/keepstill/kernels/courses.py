@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from keepstill.kernels.aliasing import N_FIELDS, Fitted, fill_waves
+from keepstill.kernels.aliasing import N_FIELDS, Fitted, fill_waves, take_off_fields
 from keepstill.kernels.compiled import kernel
 from keepstill.kernels.sums import N_COLUMNS, Points
 
@@ -43,10 +43,8 @@ def fill_left(
             row[:] = 0
             low, high = fitted.spans[v, r, 0], fitted.spans[v, r, 1]
             for i in range(low, high):
-                row[i] = fitted.residuals[fitted.slots[v], at + i] - fields[0, at + i]
-            for a in range(N_FIELDS - 1):
-                for i in range(low, high):
-                    row[i] -= fields[a + 1, at + i] * waves[a, i]
+                row[i] = fitted.residuals[fitted.slots[v], at + i]
+            take_off_fields(row, waves, fields, (0, at, low, high))
             for a in range(N_COLUMNS):
                 for i in range(low, high):
                     row[i] -= steps[v, a] * points.jacobian[a, at + i]

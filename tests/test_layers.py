@@ -10,7 +10,7 @@ ENGINE = SCRIPTS / "keepstill"
 # From the bottom up; modules of one line do not import each other.
 LAYERS = (
     ("", "errors"),
-    ("files", "arrivals", "settings", "kernels", "start", "misnamed"),
+    ("files", "arrivals", "settings", "kernels", "start", "misnamed", "segments"),
     (
         *("geometry", "masks", "moving", "smooth", "survey", "lost_slices", "blobs", "team"),
         *("breathing", "cuts"),

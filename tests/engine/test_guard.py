@@ -27,6 +27,23 @@ def test_the_last_word_is_told_and_the_log_has_all(tmp_path: Path) -> None:
     assert log.read_text() == "more\nkeepstill: first\nkeepstill: last\nexit status 3\n"
 
 
+def test_a_warning_is_no_reason_and_being_told_to_end_no_failure(tmp_path: Path) -> None:
+    run = study.Run("a", tmp_path / "a.nii", "01", None, {})
+    made = study.Study(None, tmp_path, tmp_path, study.RealignSettings(), {"a": run}, False)
+    log = made.log_path("realign", "a")
+    log.parent.mkdir(parents=True)
+    warn = "echo keepstill: a: warning: ranks share cores; "
+    process = guarded(log, warn + "exit 3")
+    assert process.stderr == f"keepstill: exit status 3; see {log}\n"
+    plan = study.Plan(("a",), (), False)
+    (reason,) = made.failures(plan, 0)
+    assert reason == f"a: exit status 3; see {log}"
+    for ended in ("kill -TERM $$", "exit 15", "exit 143"):  # 15 is what MPICH's mpirun says
+        process = guarded(log, warn + ended)
+        assert process.returncode in (15, 143) and "keepstill" not in process.stderr
+        assert made.failures(plan, 0) == ["1 run not finished; the next call goes on with them"]
+
+
 def test_a_log_on_a_full_disk_is_told_before_the_work(tmp_path: Path) -> None:
     log = tmp_path / "sub-01_task-rest.log"
     log.symlink_to("/dev/full")  # every write to it fails as on a full disk

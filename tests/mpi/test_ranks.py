@@ -1,9 +1,12 @@
 """The same bytes for any number of ranks and threads; failing ranks end all ranks."""
 
 import json
+import mmap
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 import runs
 from keepstill import phantom
 from keepstill.ranks import share
+from keepstill.segments import sweep_segments
 
 MPIRUN = str(Path(sys.executable).with_name("mpirun"))
 SCRIPTS = str(Path(__file__).parents[2] / "workflow" / "scripts")
@@ -342,6 +346,51 @@ def test_killed_ranks_leave_no_segment(tmp_path):
     name = done.stdout.splitlines()[0]
     assert name.endswith(" (deleted)"), done
     assert not Path(name.removesuffix(" (deleted)")).exists()
+
+
+TOLD_EARLY = """
+import os, pathlib, signal
+from keepstill import ranks, segments
+def late(maps):
+    print("mapped", *segments._mapped(maps), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    segments.unlink_segments(maps)
+ranks.unlink_segments = late
+ranks.World()
+print("not ended", flush=True)
+"""
+
+
+def test_ranks_told_to_end_at_their_start_leave_no_segment():
+    """Signals wait until the names are gone."""
+    done = subprocess.run(
+        [MPIRUN, "-n", "2", sys.executable, "-c", TOLD_EARLY],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": SCRIPTS},
+        check=False,
+    )
+    assert done.returncode == signal.SIGTERM
+    names = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("mapped")]
+    assert len(set(names)) == 1 and "not ended" not in done.stdout
+    assert not Path("/dev/shm", names[0]).exists()
+
+
+def test_segments_of_killed_ranks_go_with_the_next_call(tmp_path):
+    """Old ones that nobody maps; a young one may be that of ranks that are starting."""
+    for name in ("mpich_shm_left_0", "mpich_shm_young_0", "mpich_shm_used_0", "other"):
+        (tmp_path / name).write_bytes(b"x" * 4096)
+        os.utime(tmp_path / name, (time.time() - 100 * ("young" not in name),) * 2)
+    with (tmp_path / "mpich_shm_used_0").open("rb") as used:
+        kept = mmap.mmap(used.fileno(), 0, prot=mmap.PROT_READ)
+    sweep_segments(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("mpich_shm_used_0", "mpich_shm_young_0", "other")
+    ]
+    kept.close()
+    sweep_segments(tmp_path)
+    assert not (tmp_path / "mpich_shm_used_0").exists()
 
 
 ENDS = """

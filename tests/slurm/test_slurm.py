@@ -145,9 +145,9 @@ def jobs_of(node: Node, before: int) -> list[dict[str, str]]:
     return node.completed()[before:]
 
 
-def is_bare(node: Node) -> bool:
-    """Whether nothing is in the node's /dev/shm."""
-    return not any(node.shm.iterdir())
+def left_in(node: Node) -> list[str]:
+    """What is in the node's /dev/shm."""
+    return sorted(str(path.relative_to(node.shm)) for path in node.shm.rglob("*"))
 
 
 def at_work(node: Node, run: str) -> list[Path]:
@@ -194,7 +194,7 @@ def test_two_jobs_share_a_node(
     watch.join()
     assert told[-1] == f"keepstill: all complete in {place.out}"
     assert place.outputs() == local
-    assert is_bare(node)
+    assert left_in(node) == []
     first, second = jobs_of(node, before)
     assert max(first["StartTime"], second["StartTime"]) < min(first["EndTime"], second["EndTime"])
     assert sorted(seen) == sorted([first["JobId"], second["JobId"]])
@@ -256,7 +256,7 @@ def test_srun_starts_ranks_and_a_bad_run_stops_no_other(
     of_runs = {name: content for name, content in local.items() if REAL in name or MADE in name}
     outputs = place.outputs()
     assert {name: outputs[name] for name in of_runs} == of_runs
-    assert is_bare(node)
+    assert left_in(node) == []
 
 
 def test_what_ends_a_job_leaves_nothing(
@@ -271,7 +271,7 @@ def test_what_ends_a_job_leaves_nothing(
     node.cancel(*node.jobs())
     assert finish(process, status=1)[-1].endswith("the next call goes on with them")
     node.wait_until_idle()
-    assert is_bare(node)
+    assert left_in(node) == []
 
     killed = place.on_slurm(config=[only], realign=one_core)
     wait(lambda: at_work(node, REAL), "a run to be staged", PATIENCE_S)
@@ -290,7 +290,7 @@ def test_what_ends_a_job_leaves_nothing(
     finish(again)
     states = [job["JobState"] for job in jobs_of(node, before)]
     assert states == ["CANCELLED", "COMPLETED", "COMPLETED"]
-    assert is_bare(node)
+    assert left_in(node) == []
     outputs = place.outputs()
     of_run = {name: content for name, content in local.items() if REAL in name}
     assert {name: outputs[name] for name in of_run} == of_run
@@ -329,7 +329,7 @@ def test_open_mpi(
     assert without_pages(place.outputs(), MADE) == without_pages(local, MADE)
     assert sorted(map(sorted, place.cores_of_ranks(MADE))) == [[0], [1]]
     node.wait_until_idle()
-    assert is_bare(node)
+    assert left_in(node) == []
 
 
 def test_any_scheduler_by_its_commands(
@@ -351,4 +351,4 @@ def test_any_scheduler_by_its_commands(
     finish(process)
     assert [job["JobState"] for job in jobs_of(node, before)] == ["CANCELLED", "COMPLETED"]
     assert without_pages(place.outputs(), MADE) == without_pages(local, MADE)
-    assert is_bare(node)
+    assert left_in(node) == []

@@ -27,7 +27,7 @@ finish() {
         python "$(dirname "$0")/unstage_run.py" "$stage_dir"
     fi
     case $status in
-        130 | 143) return ;; # interrupted, which is no failure of the run
+        130 | 143 | 15) return ;; # told to end (15: as mpirun says it), which is no failure
     esac
     if [ -n "$no_log" ]; then
         echo "$no_log" >&2
@@ -35,6 +35,7 @@ finish() {
     fi
     last_word=$(grep '^keepstill: ' "$log" | tail -n 1)
     if [ "$status" -ne 0 ]; then
+        last_word=$(grep '^keepstill: ' "$log" | grep -v -e ': warning: ' -e ': waiting for ' | tail -n 1)
         echo "exit status $status" >>"$log"
         last_word=${last_word:-"keepstill: exit status $status; see $log"}
     else

@@ -110,7 +110,9 @@ def lease_cores(
         return _no_lease(f"{sys.platform} has no abstract unix sockets")
     mask = os.sched_getaffinity(0)
     if n_cores > len(mask):
-        log.warning("%d cores asked for, %d allowed: ranks share cores", n_cores, len(mask))
+        log.warning(
+            "warning: %d cores asked for, %d allowed: ranks share cores", n_cores, len(mask)
+        )
     try:
         lease = _wait_for_lease(mask, min(n_cores, len(mask)), wait_s, poll_s, on_wait or log.info)
     except OSError as error:
@@ -311,7 +313,7 @@ def _address(core: int) -> str:
 
 
 def _no_lease(reason: str) -> Lease:
-    log.warning("no cores leased (%s): ranks are not bound", reason)
+    log.warning("warning: no cores leased (%s): ranks are not bound", reason)
     return Lease((), ())
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import termios
 import time
@@ -52,6 +53,7 @@ from keepstill.realign import (
     write_residuals,
 )
 from keepstill.run_model import NO_MODEL, RunModel, fit_run_model
+from keepstill.segments import signals_wait, unlink_segments
 from keepstill.settings import RealignSettings
 from keepstill.stage import ITK_NOTE, MOTION, put_staged
 from keepstill.team import Team
@@ -60,9 +62,6 @@ from keepstill.team import Team
 _WORLD_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
 # What srun says of its step, with or without a PMI that would let the tasks find each other.
 _SLURM_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
-
-# Of the names of shared memory that MPICH maps.
-_SEGMENT = "/dev/shm/mpich_shm_"
 
 # How long a rank sleeps between two looks at whether the others have come: a part of the time that
 # it has waited, for each look costs some 20 microseconds.
@@ -104,12 +103,13 @@ class World:
     """The ranks that a launcher started; MPI is imported here and nowhere else."""
 
     def __init__(self) -> None:
-        from mpi4py import MPI
+        with signals_wait():
+            from mpi4py import MPI
 
-        self._comm = MPI.COMM_WORLD
-        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
-        self._rest()  # until all ranks have mapped what they share
-        unlink_segments(Path("/proc/self/maps"))
+            self._comm = MPI.COMM_WORLD
+            self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+            self._rest()  # until all ranks have mapped what they share
+            unlink_segments(Path("/proc/self/maps"))
 
     def _rest(self, meanwhile: Meanwhile | None = None) -> None:
         """Sleep until all ranks are here: MPI's own waiting keeps a core busy.
@@ -226,24 +226,6 @@ def cores_of_all(world: Alone | World, n_threads: int) -> Iterator[int]:
         os.sched_setaffinity(0, mask)
 
 
-def unlink_segments(maps: Path) -> None:
-    """Take the names off the shared memory that MPICH has mapped here; the memory stays.
-
-    Ranks that are killed, or abort, would leave it in /dev/shm for ever (2 MB a run). Open MPI
-    maps such memory later, and keeps its names.
-
-    Parameters
-    ----------
-    maps : Path
-        This process's, as /proc has them.
-    """
-    with contextlib.suppress(OSError):
-        lines = maps.read_text().splitlines()
-        paths = {line.split(maxsplit=5)[-1] for line in lines if _SEGMENT in line}
-        for path in paths:
-            Path(path).unlink(missing_ok=True)  # an unlinked one ends in " (deleted)"
-
-
 def launched_size() -> int | None:
     """Size of the world that a launcher says it started, or None without a launcher."""
     for variable in _WORLD_SIZE_VARIABLES:
@@ -293,21 +275,28 @@ def run_in_world(n_ranks: int | None, work: Callable[[Alone | World], None]) -> 
     except KeepstillError as error:
         print(f"keepstill: {error}", file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, SystemExit) as end:
+        os._exit(_exit_code(end))  # the launcher ends the others, for whom MPI's own end would wait
     try:
         work(world)
     except KeepstillError as error:
         if world.rank == 0:
             print(f"keepstill: {error}", file=sys.stderr, flush=True)
         return 2
-    except KeyboardInterrupt:
-        _end_all(world, 130)
-    except SystemExit as end:  # one rank alone may be told to: the others would wait for ever
-        _end_all(world, end.code if isinstance(end.code, int) else 1)
+    except (KeyboardInterrupt, SystemExit) as end:
+        _end_all(world, _exit_code(end))  # one alone may be told to: the others would wait for ever
     except Exception:
         # In one piece: by line, a launcher may hear of the end between two of them.
         sys.stderr.write(traceback.format_exc())
         world.abort(1)
     return 0
+
+
+def _exit_code(end: BaseException) -> int:
+    """What a program that was told to end exits with, as shells have it."""
+    if isinstance(end, SystemExit):
+        return end.code if isinstance(end.code, int) else 1
+    return 128 + signal.SIGINT
 
 
 def _end_all(world: Alone | World, code: int) -> NoReturn:

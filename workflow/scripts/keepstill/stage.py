@@ -39,6 +39,7 @@ from keepstill.nifti import (
     parse_image_layout,
     parse_layout,
 )
+from keepstill.segments import sweep_segments
 from keepstill.settings import SBREF, RealignSettings
 from keepstill.survey import check_signal, count_dummies
 
@@ -309,7 +310,8 @@ def hold_stage_dir(stage_dir: Path) -> TextIO:
 
 
 def sweep_stage_root(stage_root: Path) -> None:
-    """Remove what killed calls left: the folders whose lock nobody holds."""
+    """Remove what killed calls left: the folders whose lock nobody holds, and segments of MPI."""
+    sweep_segments()
     for folder in stage_root.glob("[!.]*/"):
         with contextlib.suppress(OSError), (folder / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -54,7 +54,7 @@ from keepstill.truth import truth_path
 RULES = ("stage", "realign", "collect", "page_run", "reslice_echo")
 SHARED_RULES = ("stage_reference", "make_reference")
 FLAGS = ("collected", "paged", "resliced", "shared")
-WAITING = ": waiting for "  # said by a lane, and no error
+WAITING, WARNING = ": waiting for ", ": warning: "  # said by a lane, and no errors
 ERROR_PREFIX = "keepstill: "  # of an error's line in a log
 EXIT_PREFIX = "exit status "  # of the last line of a failed job's log
 KILLED_PREFIX = "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: "  # MPICH's mpirun
@@ -507,7 +507,8 @@ def _failure(log: Path, run: str) -> str | None:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if not lines or not lines[-1].startswith(EXIT_PREFIX):
         return None
-    errors = [line for line in lines if line.startswith(ERROR_PREFIX) and WAITING not in line]
+    lines = [line for line in lines if WAITING not in line and WARNING not in line]
+    errors = [line for line in lines if line.startswith(ERROR_PREFIX)]
     if errors:
         return errors[-1].removeprefix(ERROR_PREFIX).removeprefix(f"{run}: ")
     killed = [line for line in lines if line.startswith(KILLED_PREFIX)]

@@ -1,7 +1,7 @@
 """Error of realigned simulated runs against their truth, beside the Cramér-Rao bound.
 
-    python benchmarks/accuracy.py [--cases drift steps] [--point-spreads sharp] [--seeds 5]
-                                  [--volumes 100] [--cache DIR]
+    python benchmarks/accuracy.py [--cases drift steps] [--point-spreads sharp] [--seeds 10]
+                                  [--volumes 100] [--jobs 2] [--cache DIR]
 
 Each run goes through `keepstill realign` with its defaults. Raw errors are against the volume that
 served as reference; gauge-free errors are what is left when the offset that all volumes of a run
@@ -12,11 +12,15 @@ gauge-free ones. Figures are taken over the volumes of all seeds together.
 
 import argparse
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +53,7 @@ class Options:
     point_spreads: tuple[str, ...]
     seeds: tuple[int, ...]
     n_volumes: int
+    n_jobs: int
     cache: Path
 
 
@@ -117,27 +122,35 @@ class Figures:
 
 
 def measured(options: Options) -> Iterator[Figures]:
-    """Figures of each case and point spread, as they come.
+    """Figures of each case and point spread, as they come."""
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.n_jobs, mp_context=spawning) as pool:
+        spreads, seeds = options.point_spreads, options.seeds
+        left = [pool.submit(errors_of_seed, options, *key) for key in product(spreads, seeds)]
+        for spread in spreads:
+            found = [left.pop(0).result() for _ in seeds]
+            for name in options.cases:
+                yield figures_of(CASES[name], spread, joined([errors[name] for errors in found]))
 
-    Runs of one seed and voxel size follow each other, since they share a head, which is drawn once.
+
+def errors_of_seed(options: Options, spread: str, seed: int) -> dict[str, Errors]:
+    """Errors of a run of each case.
+
+    Runs of one voxel size follow each other, since they share a head, which is drawn once.
     """
-    in_order = sorted(options.cases, key=lambda name: "voxel_mm" in CASES[name].plan)
-    keys = [(case, spread) for spread in options.point_spreads for case in options.cases]
-    found: dict[tuple[str, str], list[Errors]] = {key: [] for key in keys}
-    for spread in options.point_spreads:
-        for seed in options.seeds:
-            for name in in_order:
-                plan = plan_of(CASES[name], POINT_SPREADS[spread], options.n_volumes, seed)
-                found[name, spread].append(run_errors(made_run(options.cache, plan)))
-                print(f"{name}, {spread}, seed {seed}: done", file=sys.stderr)
-        for name in options.cases:
-            yield figures_of(CASES[name], spread, joined(found[name, spread]))
+    found, n_threads = {}, max(1, len(os.sched_getaffinity(0)) // options.n_jobs)
+    for name in sorted(options.cases, key=lambda name: "voxel_mm" in CASES[name].plan):
+        plan = plan_of(CASES[name], POINT_SPREADS[spread], options.n_volumes, seed)
+        found[name] = run_errors(made_run(options.cache, plan, n_threads), n_threads)
+        print(f"{name}, {spread}, seed {seed}: done", file=sys.stderr)
+    return found
 
 
-def run_errors(source: Path) -> Errors:
+def run_errors(source: Path, n_threads: int) -> Errors:
     """Realign a run by the command line, and compare it with its truth."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "keepstill", "realign", str(source), "--no-reslice"]
+        command += ["--threads", str(n_threads)]
         done = subprocess.run(
             [*command, "--out", folder], capture_output=True, text=True, check=False
         )
@@ -304,7 +317,9 @@ def in_words(figures: Figures) -> str:
 def options_of(args: argparse.Namespace) -> Options:
     """What was asked for on the command line."""
     seeds = tuple(range(args.first_seed, args.first_seed + args.seeds))
-    return Options(tuple(args.cases), tuple(args.point_spreads), seeds, args.volumes, args.cache)
+    return Options(
+        tuple(args.cases), tuple(args.point_spreads), seeds, args.volumes, args.jobs, args.cache
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -314,9 +329,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--point-spreads", nargs="+", choices=POINT_SPREADS, default=list(POINT_SPREADS)
     )
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each case")
+    parser.add_argument("--seeds", type=int, default=10, metavar="N", help="runs of each case")
     parser.add_argument("--first-seed", type=int, default=1, metavar="N")
     parser.add_argument("--volumes", type=int, default=100, metavar="N", help="of a run")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                        help="seeds at a time, which share the cores")  # fmt: skip
     parser.add_argument(
         "--cache", type=Path, default=default_folder(), metavar="DIR", help="for simulated runs"
     )

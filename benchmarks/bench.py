@@ -1,6 +1,6 @@
 """The whole benchmark: accuracy, nuisances and cost, as a table, JSON and a picture.
 
-    python benchmarks/bench.py [--output docs] [--seeds 5] [--volumes 100] [--repeats 5]
+    python benchmarks/bench.py [--output docs] [--seeds 10] [--volumes 100] [--jobs 2] [--repeats 5]
                                [--cases drift ...] [--point-spreads sharp] [--cache DIR]
 
 Everything is made with the engine's defaults, of one commit. Exits with 1 if anything that is

@@ -30,15 +30,15 @@ def plan_of(case: Case, point_spread: float, n_volumes: int, seed: int) -> Study
     )
 
 
-def made_run(folder: Path, plan: StudyPlan) -> Path:
-    """The one run of a plan, simulated if it is not there yet."""
+def made_run(folder: Path, plan: StudyPlan, n_threads: int | None = None) -> Path:
+    """The one run of a plan, simulated, on all cores if not told otherwise, if it is not there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     claim_stage_root(folder)  # in $TMPDIR somebody else could have made it
     study = folder / _key(plan)
     if not study.exists():
         part = study.with_suffix(f".{os.getpid()}")
         try:
-            simulate_study(part, plan, n_threads=len(os.sched_getaffinity(0)))
+            simulate_study(part, plan, n_threads=n_threads or len(os.sched_getaffinity(0)))
             part.rename(study)
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import runs
-from keepstill import phantom
+from keepstill import geometry, phantom, reference
 from keepstill.estimate import estimate_motion
 from keepstill.moving import Coefficients, prepare_moving
 from keepstill.reference import prepare_reference
@@ -16,10 +16,10 @@ SETTINGS = EstimateSettings()
 def estimates_of(run, volumes, settings=SETTINGS):
     for volume in volumes:
         volume.setflags(write=False)
-    reference = prepare_reference(volumes[0], run.affine, settings)
+    first = prepare_reference(volumes[0], run.affine, settings)
     space = Coefficients(volumes[0].shape)
     return [
-        estimate_motion(prepare_moving(v, settings.degree, space), run.affine, reference, settings)
+        estimate_motion(prepare_moving(v, settings.degree, space), run.affine, first, settings)
         for v in volumes
     ]
 
@@ -87,6 +87,29 @@ def test_volume_out_of_the_field_fails_honestly(head):
     assert [e.status for e in estimates_of(run, volumes)] == ["ok", "failed"]
 
 
+def fat_at_the_border(run, volumes):
+    """Add what moves with the head and is cut by the field's border: six times as bright."""
+    nz, ny, nx = volumes[0].shape
+    world = geometry.world(run.affine, np.indices((nx, ny, nz)).T)
+    place = geometry.world(run.affine, np.array([0.6 * nx, 0.6 * ny, nz - 1.7]))
+    for volume, moved in zip(volumes, run.truth, strict=True):
+        squares = ((world - geometry.world(moved, place)) ** 2).sum(axis=-1)
+        volume[:] += 6000 * np.exp(-squares / (2 * 2.5**2))
+
+
+def test_bright_fat_that_the_border_cuts_does_no_harm(head, monkeypatch):
+    """A spline has to guess how it goes on: what it touches has no weight, or errors are larger."""
+    shape = (64, 64, 36)
+    affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
+    poses = [phantom.rigid((s, -s, s / 2), (s, s, -s)) for s in np.linspace(0, 1.6, 9)]
+    run, volumes = runs.head_run(head, poses, shape, affine, tsnr=600, seed=12)
+    fat_at_the_border(run, volumes)
+    errors = errors_mm(run, estimates_of(run, volumes))
+    monkeypatch.setattr(reference, "_STEEPEST_AT_BORDER", np.inf)
+    with_weight = errors_mm(run, estimates_of(run, volumes))
+    assert errors.max() < 0.7 * with_weight.max()
+
+
 def test_intensity_scale_is_found(head):
     shape = (64, 64, 36)
     affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
@@ -104,7 +127,7 @@ def test_error_is_independent_of_the_other_volumes(head):
     affine = phantom.grid_affine(shape, (3.4, 3.4, 3.5))
     run, volumes = runs.head_run(head, phantom.drawn_poses("spikes", 4, 3), shape, affine, seed=10)
     together = estimates_of(run, volumes)
-    reference = prepare_reference(volumes[0], affine, SETTINGS)
+    first = prepare_reference(volumes[0], affine, SETTINGS)
     moving = prepare_moving(volumes[3], SETTINGS.degree, Coefficients((36, 64, 64)))
-    alone = estimate_motion(moving, affine, reference, SETTINGS)
+    alone = estimate_motion(moving, affine, first, SETTINGS)
     np.testing.assert_array_equal(alone.moving_from_reference, together[3].moving_from_reference)

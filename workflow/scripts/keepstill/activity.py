@@ -3,10 +3,11 @@
 Where a few percent of the head brighten with a task, a fit takes some of it for motion. One volume
 cannot tell: what is left of its residuals is as large as its noise. A run can. The course over
 volumes whose map has the most outliers is that of activity, if there is any: even noise, and errors
-of the motion, make maps without. What stands out of that map is the activity's pattern, and the
-motion that it had passed for is told from the rest of the map, by a regression that leaves the
-pattern out. Each volume then has as much of the pattern taken off as it holds, found by a probe
-that no motion moves.
+of the motion, make maps without. What stands out of that map is the activity's pattern; the map is
+low-passed for that, since activity is as wide as several voxels and fades at its edges. The motion
+that it had passed for is told from the rest of the map, by a regression that leaves the pattern
+out. Each volume then has as much of the pattern taken off as it holds, found by a probe that no
+motion moves.
 
 Noise that is much louder in a few places than in others makes outliers too, and passes for
 activity.
@@ -26,7 +27,8 @@ from keepstill.kernels.aliasing import Fitted
 from keepstill.kernels.courses import course_of, fill_left, map_of, take_off_pattern
 from keepstill.kernels.small import solution
 from keepstill.kernels.sums import N_COLUMNS, Points, block_sums, cross_sums
-from keepstill.reference import Reference, block_points
+from keepstill.reference import Reference, block_points, voxels_of
+from keepstill.smooth import lowpass
 from keepstill.team import Team
 
 Matrix = NDArray[np.float64]
@@ -35,7 +37,9 @@ Matrix = NDArray[np.float64]
 _HALF_WITHIN = 0.6745
 # The search goes by points this many standard deviations out; a pattern is what lies further out.
 _FAR, _OUT = 2.0, 3.0
-_SEARCHES, _REGRESSIONS = 15, 5
+_SEARCHES, _REGRESSIONS = 15, 3
+# How wide activity is at least: noise falls to a tenth.
+_PATTERN_FWHM_VOXELS = 3.0
 # Part of a map's power that its outliers hold: 0.03 of normal values, up to 0.15 where a search has
 # made the most of noise and aliasing, 0.3 to 0.4 with an activation of 4% in a twelfth of the head.
 _LEAST_POWER = 0.2
@@ -151,7 +155,7 @@ def _is_out(values: Matrix, times: float) -> NDArray[np.bool_]:
 def _activity(reference: Reference, seen: Matrix) -> Activity | None:
     """Activity by its map (n,), from which steps have taken what they could."""
     points, normal = reference.last.points, reference.last.normal
-    right, passed = _tested(points.test_jacobian, seen), seen
+    right, passed = _tested(points.test_jacobian, seen), _lowpassed(seen, reference)
     for _ in range(_REGRESSIONS):
         out = np.flatnonzero(_is_out(passed, _OUT))
         test, plain = (c.take(out, axis=1) for c in (points.test_jacobian, points.jacobian))
@@ -159,7 +163,7 @@ def _activity(reference: Reference, seen: Matrix) -> Activity | None:
         motion, regular = allowed_step(inner, right - _tested(test, seen[out]), reference.basis)
         if not regular:
             return None
-        passed = seen - map_of(points.jacobian, motion[:, 0].copy())
+        passed = _lowpassed(seen - map_of(points.jacobian, motion[:, 0].copy()), reference)
     pattern = np.where(_is_out(passed, _OUT), passed, 0.0)
     # What of a pattern lies along the tests, with as much motion in it, is of no use.
     along, regular = solution(
@@ -170,6 +174,14 @@ def _activity(reference: Reference, seen: Matrix) -> Activity | None:
     if not regular or own < _LEAST_OWN * float((pattern**2).sum()):
         return None
     return Activity(pattern.astype(np.float32), probe.astype(np.float32))
+
+
+def _lowpassed(seen: Matrix, reference: Reference) -> Matrix:
+    """A map (n,), 0 between the points, after a low-pass over the grid."""
+    voxels = voxels_of(reference.last.points.rows)
+    grid = np.zeros_like(reference.volume)
+    grid[voxels] = seen
+    return np.asarray(lowpass(grid, _PATTERN_FWHM_VOXELS)[voxels].astype(np.float64))
 
 
 def _tested(columns: NDArray[np.float32], values: Matrix) -> Matrix:

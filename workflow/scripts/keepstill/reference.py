@@ -11,7 +11,7 @@ from keepstill.cuts import Cells, Cut, cells_of, cuts_of, one_cell
 from keepstill.errors import EmptyVolumeError
 from keepstill.kernels.bspline import GAINS, LANES, PAD, POLES, fill_coefficients
 from keepstill.kernels.sums import N_COLUMNS, Points
-from keepstill.masks import head_mask
+from keepstill.masks import dilated, head_mask
 from keepstill.settings import EstimateSettings
 from keepstill.smooth import lowpass, valid_filtered
 
@@ -23,6 +23,12 @@ _QUINTIC_SLOPE = (-1 / 24, -10 / 24, 0.0, 10 / 24, 1 / 24)
 # The border of the field is left out of the sampling points where an axis has room for it: its
 # slices lose and gain tissue that no other slice sees.
 _SHORTEST_AXIS_WITH_BORDER = 8
+# Beyond the border a spline has to guess. Where something much brighter than the head is cut there
+# (fat, an eye), the guess is off by more than noise this far into the field, and in neighbouring
+# columns, to which the head takes it as it moves. So changes over the outermost voxel of more than
+# so many times the head's mean intensity carry no weight.
+_STEEPEST_AT_BORDER = 1.5
+_BORDER_DEPTH, _BORDER_REACH = 3, 2
 # Early steps look at the rows of one y in so many, the last ones at all: what is left out is
 # whole slabs of the volume, which then need not be interpolated in y and z.
 _COARSE_STEP = 4
@@ -171,11 +177,12 @@ def prepare_reference(
     centre_mm = geometry.world(affine, np.array([x.mean(), y.mean(), z.mean()]))
     ghost = _ghost(volume, acquisition.ghost_axis)
     plain = Images(volume, world_gradient(volume, affine), ghost)
+    mean = float(volume[points_mask].mean(dtype=np.float64))
+    guessed = guessed_at_border(volume, mean)
     first, last = (
-        _lowpassed(plain, affine, fwhm)
+        _without(_lowpassed(plain, affine, fwhm), guessed)
         for fwhm in (settings.lowpass_fwhm_voxels, settings.last_lowpass_fwhm_voxels)
     )
-    mean = float(volume[points_mask].mean(dtype=np.float64))
     rows = _rows(points_mask)
     blocks = _blocks(rows)
     cells = cells_of(rows, blocks)
@@ -234,7 +241,7 @@ def wide_lowpassed(reference: Reference) -> Wide:
     ghost = _ghost(smooth, axis)
     images = Images(smooth, world_gradient(smooth, reference.affine), ghost)
     jacobian = _jacobian(rows, images, reference.affine, reference.centre_mm)
-    return Wide(smooth[_voxels(rows)], jacobian, _ghost_slopes(ghost, rows, axis))
+    return Wide(smooth[voxels_of(rows)], jacobian, _ghost_slopes(ghost, rows, axis))
 
 
 def thinned(
@@ -314,7 +321,7 @@ def _ghost_slopes(ghost: Volume, rows: NDArray[np.int64], axis: int | None) -> N
     On the nearer half of the field of view the ghost has come round from the far side: what moves
     it one way there, beside the head, moves it the other way here.
     """
-    voxels = _voxels(rows)
+    voxels = voxels_of(rows)
     if axis is None or not ghost.any():
         return np.zeros((3, len(voxels[0])), np.float32)
     sign = np.where(voxels[2 - axis] >= ghost.shape[2 - axis] // 2, 1, -1).astype(np.float32)
@@ -385,6 +392,28 @@ def _without_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return mask
 
 
+def guessed_at_border(volume: Volume, mean_intensity: float) -> NDArray[np.bool_]:
+    """Where a (nz, ny, nx) volume is known badly, since its border cuts something very bright."""
+    out = np.zeros(volume.shape, bool)
+    for axis, size in enumerate(volume.shape):
+        if size < _SHORTEST_AXIS_WITH_BORDER:
+            continue
+        across, near = np.moveaxis(volume, axis, 0), np.moveaxis(out, axis, 0)
+        for outermost, depth in ((across, near), (across[::-1], near[::-1])):
+            steep = np.abs(outermost[0] - outermost[1]) > _STEEPEST_AT_BORDER * mean_intensity
+            if steep.any():
+                depth[:_BORDER_DEPTH] |= dilated(steep[None], _BORDER_REACH)
+    return out
+
+
+def _without(images: Images, where: NDArray[np.bool_]) -> Images:
+    """Images that show nothing at some voxels."""
+    if not where.any():
+        return images
+    volume, ghost = (np.where(where, np.float32(0), part) for part in (images.volume, images.ghost))
+    return Images(volume, [np.where(where, np.float32(0), g) for g in images.gradient], ghost)
+
+
 def _rows(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Rows (y, z, first x, number), by y: each from its first to its last masked voxel."""
     y, z = np.nonzero(mask.any(axis=2).T)
@@ -408,11 +437,11 @@ def _points(
     """Sampling points of some rows, from plain and low-passed images."""
     begins = np.cumsum(rows[:, 3]) - rows[:, 3]
     jacobians = [_jacobian(rows, image, affine, centre_mm) for image in images]
-    values = images[0].volume[_voxels(rows)]
+    values = images[0].volume[voxels_of(rows)]
     return Points(np.column_stack([rows, begins]), values, *jacobians)
 
 
-def _voxels(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+def voxels_of(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
     """Indices z, y, x of the points of rows."""
     sizes = rows[:, 3]
     row = np.repeat(np.arange(len(rows)), sizes)
@@ -427,7 +456,7 @@ def _jacobian(
     centre_mm: NDArray[np.float64],
 ) -> NDArray[np.float32]:
     """The eight columns at the points of rows, (8, n)."""
-    voxels = _voxels(rows)
+    voxels = voxels_of(rows)
     at = geometry.world(affine, np.stack(voxels[::-1], axis=-1))
     arm = (at - centre_mm).astype(np.float32)
     g = [component[voxels] for component in images.gradient]

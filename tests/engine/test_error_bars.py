@@ -107,7 +107,7 @@ def test_no_noise_no_error():
     assert (with_error_bars({0: estimate})[0].covariance == 0).all()
 
 
-@pytest.mark.parametrize(("ratio", "expected"), [(3.0, 3.8), (0.5, 1.0), (1e6, 100.0)])
+@pytest.mark.parametrize(("ratio", "expected"), [(3.0, 3.1), (0.5, 1.0), (1e6, 100.0)])
 def test_volumes_that_differ_by_noise_count_as_their_mean(ratio, expected):
     """Ratios that scatter no more than their freedom makes them; never less than noise."""
     scattered = ratio * np.array([0.8, 1.2, 0.8, 1.2])
@@ -122,14 +122,14 @@ def test_the_cut_that_shows_most_counts():
     calm, moved = [(1.0, 1e9)] * 2, [(5.0, 1e9), (2.0, 1e9)]
     pairs = zip(calm, moved, strict=True)
     estimates = [estimate_with(covariance_of(t), *both) for t, both in enumerate(pairs)]
-    assert factors_of(estimates) == pytest.approx([6.6, 2.4], rel=1e-6)
+    assert factors_of(estimates) == pytest.approx([5.2, 2.05], rel=1e-6)
 
 
 def test_aliasing_comes_to_it():
     """The more of it was taken off, the more may be left: by the square of its power."""
     of_parts = estimate_with(covariance_of(1), (1.0, 1e9))
     found = factors_of([replace(of_parts, aliasing=power) for power in (0.0, 2.0, 4.0)])
-    assert found == pytest.approx([1.0, 1.09, 1.36])
+    assert found == pytest.approx([1.0, 1.1, 1.4])
 
 
 def test_ratios_are_believed_as_far_as_they_guess_best():
@@ -138,7 +138,7 @@ def test_ratios_are_believed_as_far_as_they_guess_best():
     truth = 3.0 + rng.gamma(2.0, 1.5, n)
     ratios = truth * rng.chisquare(freedom, n) / freedom
     estimates = [estimate_with(covariance_of(1), (ratio, freedom)) for ratio in ratios]
-    found = 1 + (np.array(factors_of(estimates)) - 1) / 1.4
+    found = 1 + (np.array(factors_of(estimates)) - 1) / 1.05
     slope = np.polyfit(ratios, truth, 1)[0]
     assert np.polyfit(ratios, found, 1)[0] == pytest.approx(slope, rel=0.1)
     off = [np.square(guess - truth).mean() for guess in (found, ratios, ratios.mean())]

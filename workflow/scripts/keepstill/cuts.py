@@ -1,8 +1,9 @@
 """Ways to cut a head in parts, whose motion is compared to tell how far all of it may be off.
 
 Errors in which neighbouring points agree do not show in the residuals' variance, but parts of the
-head disagree by them. Slabs of y, front to back, show aliasing, ghosts and activation; slabs of z,
-slice by slice in time, show motion inside the volume, which is alike in all of a slice.
+head disagree by them. Slabs of y, front to back, show aliasing; front and back as a whole show
+ghosts and activation, which are alike in many of those; slabs of z, slice by slice in time, show
+motion inside the volume, which is alike in all of a slice.
 """
 
 import itertools
@@ -73,7 +74,7 @@ def one_cell(points: Points) -> Cells:
 
 
 def cells_of(rows: NDArray[np.int64], blocks: NDArray[np.int64]) -> Cells:
-    """Cells of rows of points, cut into blocks and into slabs of z.
+    """Cells of rows of points, cut into blocks, into front and back, and into slabs of z.
 
     Parameters
     ----------
@@ -84,6 +85,8 @@ def cells_of(rows: NDArray[np.int64], blocks: NDArray[np.int64]) -> Cells:
     """
     block = np.searchsorted(blocks, np.arange(len(rows)), side="right") - 1
     cuts = [parts for parts in (block, _slabs(rows)) if parts.max() + 1 >= _FEWEST_PARTS]
+    if len(blocks) > _FEWEST_PARTS:
+        cuts.append(2 * block // (len(blocks) - 1))
     by_row = np.array(cuts, np.int64).reshape(len(cuts), len(rows))
     parts, cell = np.unique(by_row, axis=1, return_inverse=True)
     cell = cell.reshape(-1).astype(np.int64)

@@ -19,7 +19,7 @@ _SIGMAS = 0.46770
 # disagree by more than noise counts so many times; and the more aliasing was taken off, the more of
 # it is left. Both were fitted once, to other heads, motions and noises than the benchmark's
 # (docs/benchmark.md).
-_ALIKE_IN_NEIGHBOURS, _ALIASING_LEFT = 1.4, 0.0225
+_ALIKE_IN_NEIGHBOURS, _ALIASING_LEFT = 1.05, 0.025
 # No volume is believed to be worse than noise by more.
 _MOST_INFLATION = 100.0
 

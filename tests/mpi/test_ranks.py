@@ -377,6 +377,34 @@ def test_ranks_told_to_end_at_their_start_leave_no_segment():
     assert not Path("/dev/shm", names[0]).exists()
 
 
+WAITS = """
+import os, signal, threading
+from keepstill.segments import signals_wait
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+def elsewhere():
+    with signals_wait():
+        print("another thread", flush=True)
+thread = threading.Thread(target=elsewhere)
+thread.start()
+thread.join()
+with signals_wait():
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("waited", flush=True)
+print("not ended", flush=True)
+"""
+
+
+def test_of_signals_that_waited_none_is_lost():
+    """The first may be one that is ignored; threads other than the main one cannot wait."""
+    environment = os.environ | {"PYTHONPATH": SCRIPTS}
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.stdout.splitlines() == ["another thread", "waited"]
+    assert done.returncode == -signal.SIGTERM and not done.stderr
+
+
 def test_segments_of_killed_ranks_go_with_the_next_call(tmp_path):
     """Old ones that nobody maps; a young one may be that of ranks that are starting."""
     for name in ("mpich_shm_left_0", "mpich_shm_young_0", "mpich_shm_used_0", "other"):

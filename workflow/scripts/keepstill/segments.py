@@ -8,6 +8,7 @@ memory later, and keeps its names.
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,12 @@ _SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 def signals_wait() -> Iterator[None]:
     """Let signals that end a process wait, while there are names that it has to take away.
 
-    They are noted, not blocked: the kernel would give them to a thread of some library.
+    They are noted, not blocked: the kernel would give them to a thread of some library. Only the
+    main thread may do so; in another one, nothing waits.
     """
     came: list[int] = []
-    usual = {number: signal.getsignal(number) for number in _SIGNALS}
+    in_main = threading.current_thread() is threading.main_thread()
+    usual = {number: signal.getsignal(number) for number in _SIGNALS if in_main}
     for number in usual:
         signal.signal(number, lambda number, _: came.append(number))
         signal.siginterrupt(number, False)  # what MPI reads and writes goes on
@@ -35,8 +38,8 @@ def signals_wait() -> Iterator[None]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+        for one in came:  # the first may be one that is ignored
+            signal.raise_signal(one)
 
 
 def unlink_segments(maps: Path) -> None:

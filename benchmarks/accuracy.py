@@ -124,13 +124,16 @@ class Figures:
 def measured(options: Options) -> Iterator[Figures]:
     """Figures of each case and point spread, as they come."""
     spawning = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.n_jobs, mp_context=spawning) as pool:
+    pool = ProcessPoolExecutor(options.n_jobs, mp_context=spawning)
+    try:
         spreads, seeds = options.point_spreads, options.seeds
         left = [pool.submit(errors_of_seed, options, *key) for key in product(spreads, seeds)]
         for spread in spreads:
             found = [left.pop(0).result() for _ in seeds]
             for name in options.cases:
                 yield figures_of(CASES[name], spread, joined([errors[name] for errors in found]))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error nothing more is begun
 
 
 def errors_of_seed(options: Options, spread: str, seed: int) -> dict[str, Errors]:

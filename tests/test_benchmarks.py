@@ -1,10 +1,13 @@
 """The benchmark measures what it says, and its requirements can be missed."""
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+import accuracy
 import engines
 import scale
 import split
@@ -76,6 +79,26 @@ def test_a_run_is_made_once(made):
     assert made_run(folder, plan) == source and source.stat().st_mtime_ns == stamp
     assert len(list(folder.iterdir())) == 1
     assert len(read_columns(next(folder.rglob("*_timeseries.tsv")))["gain"]) == 6
+
+
+def test_after_an_error_no_seed_is_begun(monkeypatch, tmp_path):
+    """What is wrong is told at once, not when all others have been made and realigned."""
+    begun = []
+
+    def of_seed(options, spread, seed):
+        begun.append(seed)
+        if seed == 1:
+            raise SystemExit("failed")
+        time.sleep(0.1)
+
+    monkeypatch.setattr(accuracy, "errors_of_seed", of_seed)
+    monkeypatch.setattr(
+        accuracy, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n)
+    )
+    options = accuracy.Options(("drift",), ("mild",), tuple(range(1, 31)), 5, 1, tmp_path)
+    with pytest.raises(SystemExit, match="failed"):
+        list(accuracy.measured(options))
+    assert begun[0] == 1 and len(begun) < 30
 
 
 def test_figures_are_percentiles_of_all_seeds():

@@ -1,5 +1,7 @@
 """Known motion is found again: the truth first."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -108,6 +110,33 @@ def test_bright_fat_that_the_border_cuts_does_no_harm(head, monkeypatch):
     monkeypatch.setattr(reference, "_STEEPEST_AT_BORDER", np.inf)
     with_weight = errors_mm(run, estimates_of(run, volumes))
     assert errors.max() < 0.7 * with_weight.max()
+
+
+def few_spots(shift_voxels):
+    """A dark (8, 16, 16) volume with bright spots in it, some of which its border cuts."""
+    rng, (z, y, x) = np.random.default_rng(1), np.indices((8, 16, 16))
+    out = rng.normal(0, 5, z.shape)
+    for place, size in zip(rng.uniform(0, 1, (15, 3)), rng.uniform(300, 1000, 15), strict=True):
+        at = place * z.shape + np.array(shift_voxels)
+        out += size * np.exp(-((z - at[0]) ** 2 + (y - at[1]) ** 2 + (x - at[2]) ** 2) / 1.3)
+    return out.astype(np.float32)
+
+
+def test_what_the_border_cuts_keeps_its_weight_where_little_else_is_left():
+    """All volumes failed that had been realigned."""
+    volumes = [few_spots((0, 0, 0)), few_spots((0.1, -0.1, 0.15))]
+    run = SimpleNamespace(affine=np.diag([2.0, 2.0, 2.0, 1.0]))
+    _, found = estimates_of(run, volumes)
+    assert found.status == "ok"
+    np.testing.assert_allclose(found.moving_from_reference[:3, 3], (0.3, -0.2, 0.2), atol=0.1)
+
+
+def test_a_mean_that_is_not_positive_tells_nothing_of_what_is_bright():
+    volume = np.random.default_rng(2).normal(0, 1, (40, 41, 42)).astype(np.float32)
+    head = np.ones(volume.shape, bool)
+    volume[0, 20, 20] = 50
+    assert reference.guessed_at_border(volume, 10.0, head).sum() == 3 * 5 * 5
+    assert not any(reference.guessed_at_border(volume, mean, head).any() for mean in (0.0, -1.0))
 
 
 def test_intensity_scale_is_found(head):

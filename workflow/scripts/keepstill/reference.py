@@ -29,6 +29,9 @@ _SHORTEST_AXIS_WITH_BORDER = 8
 # so many times the head's mean intensity carry no weight.
 _STEEPEST_AT_BORDER = 1.5
 _BORDER_DEPTH, _BORDER_REACH = 3, 2
+# If that were more of the points than this part (small dark fields with bright spots), too little
+# would be left to go by: all points keep their weight.
+_MOST_GUESSED = 0.5
 # Early steps look at the rows of one y in so many, the last ones at all: what is left out is
 # whole slabs of the volume, which then need not be interpolated in y and z.
 _COARSE_STEP = 4
@@ -168,17 +171,13 @@ def prepare_reference(
     EmptyVolumeError
         If no voxel stands out from the background.
     """
-    points_mask = _without_border(head_mask(volume, rim_voxels=3))
-    if missing is not None:
-        points_mask &= ~missing
-    if not points_mask.any():
-        raise EmptyVolumeError("the reference shows no head: no voxel stands out from background")
+    points_mask = _points_mask(volume, missing)
     z, y, x = np.nonzero(points_mask)
     centre_mm = geometry.world(affine, np.array([x.mean(), y.mean(), z.mean()]))
     ghost = _ghost(volume, acquisition.ghost_axis)
     plain = Images(volume, world_gradient(volume, affine), ghost)
     mean = float(volume[points_mask].mean(dtype=np.float64))
-    guessed = guessed_at_border(volume, mean)
+    guessed = guessed_at_border(volume, mean, points_mask)
     first, last = (
         _without(_lowpassed(plain, affine, fwhm), guessed)
         for fwhm in (settings.lowpass_fwhm_voxels, settings.last_lowpass_fwhm_voxels)
@@ -383,6 +382,16 @@ def _in_plane_basis(affine: NDArray[np.float64]) -> NDArray[np.float64]:
     return basis
 
 
+def _points_mask(volume: Volume, missing: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """The head without the field's border and voxels that were no numbers."""
+    mask = _without_border(head_mask(volume, rim_voxels=3))
+    if missing is not None:
+        mask &= ~missing
+    if not mask.any():
+        raise EmptyVolumeError("the reference shows no head: no voxel stands out from background")
+    return mask
+
+
 def _without_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     mask = mask.copy()
     for axis, size in enumerate(mask.shape):
@@ -392,9 +401,23 @@ def _without_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return mask
 
 
-def guessed_at_border(volume: Volume, mean_intensity: float) -> NDArray[np.bool_]:
-    """Where a (nz, ny, nx) volume is known badly, since its border cuts something very bright."""
+def guessed_at_border(
+    volume: Volume, mean_intensity: float, head: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Where a volume is known badly, since its border cuts something very bright, (nz, ny, nx).
+
+    Nowhere, if that would be most of the head, or if the head's mean is not positive.
+
+    Parameters
+    ----------
+    volume : (nz, ny, nx) float32
+    mean_intensity : float
+        Of the head.
+    head : (nz, ny, nx) bool
+    """
     out = np.zeros(volume.shape, bool)
+    if mean_intensity <= 0:
+        return out
     for axis, size in enumerate(volume.shape):
         if size < _SHORTEST_AXIS_WITH_BORDER:
             continue
@@ -403,7 +426,7 @@ def guessed_at_border(volume: Volume, mean_intensity: float) -> NDArray[np.bool_
             steep = np.abs(outermost[0] - outermost[1]) > _STEEPEST_AT_BORDER * mean_intensity
             if steep.any():
                 depth[:_BORDER_DEPTH] |= dilated(steep[None], _BORDER_REACH)
-    return out
+    return out & (out[head].mean() <= _MOST_GUESSED)
 
 
 def _without(images: Images, where: NDArray[np.bool_]) -> Images:

@@ -14,7 +14,8 @@ GUARD = Path(__file__).parents[2] / "workflow" / "scripts" / "guard.sh"
 
 
 def guarded(log: Path, command: str, stage_dir: str = "") -> subprocess.CompletedProcess[str]:
-    arguments = ["bash", str(GUARD), str(log), stage_dir, "bash", "-c", command]
+    heard = ["env", "--default-signal=HUP"]  # the tests may run under nohup
+    arguments = [*heard, "bash", str(GUARD), str(log), stage_dir, "bash", "-c", command]
     return subprocess.run(arguments, capture_output=True, text=True, check=False)
 
 
@@ -42,6 +43,15 @@ def test_a_warning_is_no_reason_and_being_told_to_end_no_failure(tmp_path: Path)
         process = guarded(log, warn + ended)
         assert process.returncode in (15, 143) and "keepstill" not in process.stderr
         assert made.failures(plan, 0) == ["1 run not finished; the next call goes on with them"]
+
+
+def test_a_terminal_that_closes_leaves_nothing_staged(tmp_path: Path) -> None:
+    """Bash would end at once, taking the job for done: no status, what is staged stays."""
+    log, staged = tmp_path / "run.log", tmp_path / "run"
+    staged.mkdir()
+    process = guarded(log, "kill -HUP $PPID; sleep 0.2", str(staged))
+    assert process.returncode == 129 and not process.stderr
+    assert not staged.exists() and not log.read_text()
 
 
 def test_a_log_on_a_full_disk_is_told_before_the_work(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ finish() {
         python "$(dirname "$0")/unstage_run.py" "$stage_dir"
     fi
     case $status in
-        130 | 143 | 15) return ;; # told to end (15: as mpirun says it), which is no failure
+        129 | 130 | 143 | 15) return ;; # told to end (15: as mpirun says it), which is no failure
     esac
     if [ -n "$no_log" ]; then
         echo "$no_log" >&2
@@ -48,6 +48,7 @@ finish() {
 
 no_log=
 trap finish EXIT
+trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 if ! make_log; then

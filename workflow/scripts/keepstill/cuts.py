@@ -19,7 +19,7 @@ Matrix = NDArray[np.float64]
 
 # Slabs of z: thick, so that motion of a few slices pulls a slab as a whole.
 _N_SLABS = 5
-# Fewer parts say too little.
+# Fewer slabs or blocks say too little; nor are fewer blocks halved.
 _FEWEST_PARTS = 3
 
 

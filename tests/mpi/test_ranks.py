@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runs
-from keepstill import phantom
+from keepstill import phantom, segments
 from keepstill.ranks import share
-from keepstill.segments import sweep_segments
 
 MPIRUN = str(Path(sys.executable).with_name("mpirun"))
 SCRIPTS = str(Path(__file__).parents[2] / "workflow" / "scripts")
@@ -405,6 +404,14 @@ def test_of_signals_that_waited_none_is_lost():
     assert done.returncode == -signal.SIGTERM and not done.stderr
 
 
+def test_a_segment_whose_name_stays_ends_no_run(tmp_path, monkeypatch):
+    maps, no_folder = tmp_path / "maps", tmp_path / "file"
+    maps.write_text("7f00-7f01 rw-s 00000000 00:01 5   /dev/shm/mpich_shm_stays_0\n")
+    no_folder.touch()
+    monkeypatch.setattr(segments, "_FOLDER", no_folder)
+    segments.unlink_segments(maps)
+
+
 def test_segments_of_killed_ranks_go_with_the_next_call(tmp_path):
     """Old ones that nobody maps; a young one may be that of ranks that are starting."""
     for name in ("mpich_shm_left_0", "mpich_shm_young_0", "mpich_shm_used_0", "other"):
@@ -412,12 +419,12 @@ def test_segments_of_killed_ranks_go_with_the_next_call(tmp_path):
         os.utime(tmp_path / name, (time.time() - 100 * ("young" not in name),) * 2)
     with (tmp_path / "mpich_shm_used_0").open("rb") as used:
         kept = mmap.mmap(used.fileno(), 0, prot=mmap.PROT_READ)
-    sweep_segments(tmp_path)
+    segments.sweep_segments(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("mpich_shm_used_0", "mpich_shm_young_0", "other")
     ]
     kept.close()
-    sweep_segments(tmp_path)
+    segments.sweep_segments(tmp_path)
     assert not (tmp_path / "mpich_shm_used_0").exists()
 
 

@@ -51,7 +51,8 @@ def unlink_segments(maps: Path) -> None:
         This process's, as /proc has them.
     """
     for name in _mapped(maps):
-        (_FOLDER / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name that stays is no reason to end a run
+            (_FOLDER / name).unlink()
 
 
 def sweep_segments(folder: Path = _FOLDER, old_s: float = _OLD_S) -> None:

@@ -3,7 +3,7 @@
 # make test   run the tests
 # make lint   check style and types of code and rules
 # make bench  error against known motion, and cost, as a table, docs/bench.json and docs/bench.svg;
-#             45 minutes on two cores. BENCH="--cases drift --seeds 1 --repeats 0" does less
+#             40 minutes on two cores. BENCH="--cases drift --seeds 1 --repeats 0" does less
 # make bench-peers   nipy and antspyx on one of its runs, from .venv-peers
 # make bench-scale   planning of 10,000 runs, and what the workflow adds to a batch of 24; 10 minutes
 # make bench-blobs   the ladder of ways to sum blobs, from the naive one upwards

@@ -413,7 +413,7 @@ def test_a_segment_whose_name_stays_ends_no_run(tmp_path, monkeypatch):
 
 
 def test_segments_of_killed_ranks_go_with_the_next_call(tmp_path):
-    """Old ones that nobody maps; a young one may be that of ranks that are starting."""
+    """Old ones that nobody maps; young ones, of ranks that may be starting, after a while only."""
     for name in ("mpich_shm_left_0", "mpich_shm_young_0", "mpich_shm_used_0", "other"):
         (tmp_path / name).write_bytes(b"x" * 4096)
         os.utime(tmp_path / name, (time.time() - 100 * ("young" not in name),) * 2)
@@ -423,6 +423,8 @@ def test_segments_of_killed_ranks_go_with_the_next_call(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("mpich_shm_used_0", "mpich_shm_young_0", "other")
     ]
+    segments.sweep_segments(tmp_path, patience_s=0.01)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mpich_shm_used_0", "other"]
     kept.close()
     segments.sweep_segments(tmp_path)
     assert not (tmp_path / "mpich_shm_used_0").exists()

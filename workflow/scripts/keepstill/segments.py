@@ -55,28 +55,30 @@ def unlink_segments(maps: Path) -> None:
             (_FOLDER / name).unlink()
 
 
-def sweep_segments(folder: Path = _FOLDER, old_s: float = _OLD_S) -> None:
-    """Remove what ranks left that were killed outright: old segments that no process maps.
+def sweep_segments(folder: Path = _FOLDER, patience_s: float | None = None) -> None:
+    """Remove what ranks left that were killed outright: segments that no process maps.
 
-    One that is in use after all, by a process that cannot be seen here, loses its name only.
+    A young one may be that of ranks that are starting, perhaps where their maps cannot be seen, and
+    stays, unless this can wait for them.
 
     Parameters
     ----------
     folder : Path
-    old_s : float
-        Seconds.
+    patience_s : float, optional
+        Seconds after which segments go that nobody maps by then, old or young. There is no waiting
+        where there is no segment.
     """
     with contextlib.suppress(OSError):
-        left = {path.name: path for path in folder.glob(f"{_NAME}*") if _is_left(path, old_s)}
-        if left:
+        found = [path for path in folder.glob(f"{_NAME}*") if path.lstat().st_uid == os.getuid()]
+        if patience_s is None:
+            found = [path for path in found if time.time() - path.lstat().st_mtime > _OLD_S]
+        elif found:
+            time.sleep(patience_s)
+        if found:
             used = set[str]().union(*map(_mapped, Path("/proc").glob("[0-9]*/maps")))
-            for name in left.keys() - used:
-                left[name].unlink(missing_ok=True)
-
-
-def _is_left(path: Path, old_s: float) -> bool:
-    status = path.lstat()
-    return status.st_uid == os.getuid() and time.time() - status.st_mtime > old_s
+            for path in found:
+                if path.name not in used:
+                    path.unlink(missing_ok=True)
 
 
 def _mapped(maps: Path) -> set[str]:

@@ -40,6 +40,7 @@ from keepstill.multi_echo import with_leaders
 from keepstill.realigned import shared_reference_path
 from keepstill.run_table import read_run_table
 from keepstill.scopes import RUN, SESSION, first_runs, scope_name
+from keepstill.segments import sweep_segments
 from keepstill.settings import SBREF, RealignSettings, with_sbref
 from keepstill.stage import (
     claim_stage_root,
@@ -59,6 +60,8 @@ ERROR_PREFIX = "keepstill: "  # of an error's line in a log
 EXIT_PREFIX = "exit status "  # of the last line of a failed job's log
 KILLED_PREFIX = "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: "  # MPICH's mpirun
 MAX_FAILURES_SHOWN = 50
+# Ranks of others that start meanwhile have mapped what they share after so long.
+_RANKS_START_S = 1.0
 # Where Slurm, PBS, LSF and Grid Engine tell a job its number.
 _JOB_NUMBERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 # Where the workflow tells the processes that it starts which call they are of.
@@ -478,8 +481,12 @@ def clear_stage(study: Study, plan: Plan) -> None:
 
 
 def sweep_study(study: Study) -> None:
-    """Remove the study's stage directory, unless another call holds it, and an empty stage root."""
+    """Remove the study's stage directory, unless another call holds it, and an empty stage root.
+
+    Called when a call's or a job's ranks have ended: what these left in /dev/shm goes too.
+    """
     sweep_stage_root(study.stage_root)
+    sweep_segments(patience_s=_RANKS_START_S)
     with contextlib.suppress(OSError):
         study.stage_root.rmdir()
 

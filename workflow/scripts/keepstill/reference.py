@@ -29,9 +29,9 @@ _SHORTEST_AXIS_WITH_BORDER = 8
 # so many times the head's mean intensity carry no weight.
 _STEEPEST_AT_BORDER = 1.5
 _BORDER_DEPTH, _BORDER_REACH = 3, 2
-# If that were more of the points than this part (small dark fields with bright spots), too little
-# would be left to go by: all points keep their weight.
-_MOST_GUESSED = 0.5
+# Spots are few: where it were more of the points than this part, the border is what the volume
+# shows (few thick slices, small dark fields), and all points keep their weight.
+_MOST_GUESSED = 0.02
 # Early steps look at the rows of one y in so many, the last ones at all: what is left out is
 # whole slabs of the volume, which then need not be interpolated in y and z.
 _COARSE_STEP = 4
@@ -406,7 +406,7 @@ def guessed_at_border(
 ) -> NDArray[np.bool_]:
     """Where a volume is known badly, since its border cuts something very bright, (nz, ny, nx).
 
-    Nowhere, if that would be most of the head, or if the head's mean is not positive.
+    Nowhere, if that would be more than a few spots, or if the head's mean is not positive.
 
     Parameters
     ----------

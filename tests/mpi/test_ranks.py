@@ -409,7 +409,10 @@ def test_a_segment_whose_name_stays_ends_no_run(tmp_path, monkeypatch):
     maps.write_text("7f00-7f01 rw-s 00000000 00:01 5   /dev/shm/mpich_shm_stays_0\n")
     no_folder.touch()
     monkeypatch.setattr(segments, "_FOLDER", no_folder)
-    segments.unlink_segments(maps)
+    with pytest.raises(NotADirectoryError):
+        (no_folder / "mpich_shm_stays_0").unlink()
+    assert segments._mapped(maps) == {"mpich_shm_stays_0"}
+    assert segments.unlink_segments(maps) is None
 
 
 def test_segments_of_killed_ranks_go_with_the_next_call(tmp_path):

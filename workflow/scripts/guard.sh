@@ -33,12 +33,12 @@ finish() {
         echo "$no_log" >&2
         return
     fi
-    last_word=$(grep '^keepstill: ' "$log" | tail -n 1)
     if [ "$status" -ne 0 ]; then
         last_word=$(grep '^keepstill: ' "$log" | grep -v -e ': warning: ' -e ': waiting for ' | tail -n 1)
         echo "exit status $status" >>"$log"
         last_word=${last_word:-"keepstill: exit status $status; see $log"}
     else
+        last_word=$(grep '^keepstill: ' "$log" | tail -n 1)
         echo "CPU time, user and system, of this script and then of the command:" >>"$log"
         times >>"$log"
     fi

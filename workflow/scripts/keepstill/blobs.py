@@ -84,19 +84,7 @@ def density(  # noqa: PLR0913, keywords with defaults
     sizes, grid = _checked_grid(shape, spacing, origin)
     kind, each = _checked_dtype(dtype, rounding)
     table = _checked_blobs(centres, spreads, brights)
-    out = np.zeros(sizes, kind)
-    if kind.kind == "f":
-        blobs = _prepared(table, grid, sizes, (kind, False))
-        _in_slabs(out, n_threads, lambda slab, first: fill_planes(slab, first, blobs, grid))
-        return out
-    blobs = _prepared(table, grid, sizes, (np.dtype(np.float64), each))
-    limits = _limits(kind)
-    _in_slabs(
-        out,
-        n_threads,
-        lambda slab, first: fill_whole_planes(slab, first, blobs, grid, limits, each),
-    )
-    return out
+    return _filled(np.zeros(sizes, kind), table, grid, each, n_threads)
 
 
 def _reaches(brights: NDArray[np.float64], spreads: NDArray[np.float64], each: bool) -> Any:
@@ -123,6 +111,28 @@ def _prepared(
     blobs = Blobs(brights, centres, reaches, first, number, begins, factors)
     fill_factors(blobs, spreads, grid)
     return blobs
+
+
+def _filled(
+    out: NDArray[Any],
+    table: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
+    grid: Grid,
+    each: bool,
+    n_threads: int,
+) -> NDArray[Any]:
+    """An image with its blobs; of whole numbers, `each` blob is truncated before it is added."""
+    if out.dtype.kind == "f":
+        blobs = _prepared(table, grid, out.shape, (out.dtype, False))
+        _in_slabs(out, n_threads, lambda slab, first: fill_planes(slab, first, blobs, grid))
+        return out
+    blobs = _prepared(table, grid, out.shape, (np.dtype(np.float64), each))
+    limits = _limits(out.dtype)
+    _in_slabs(
+        out,
+        n_threads,
+        lambda slab, first: fill_whole_planes(slab, first, blobs, grid, limits, each),
+    )
+    return out
 
 
 def _in_slabs(out: NDArray[Any], n_threads: int, fill: Callable[[NDArray[Any], int], None]) -> None:

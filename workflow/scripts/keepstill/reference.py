@@ -465,7 +465,7 @@ def _points(
 
 
 def voxels_of(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-    """Indices z, y, x of the points of rows."""
+    """Indices z, y, x of the points of rows, (n,) int64 each; rows as in `Points`, (n_rows, 4+)."""
     sizes = rows[:, 3]
     row = np.repeat(np.arange(len(rows)), sizes)
     x = np.arange(row.size) - (np.cumsum(sizes) - sizes)[row] + rows[row, 2]

@@ -309,9 +309,12 @@ def hold_stage_dir(stage_dir: Path) -> TextIO:
     return lock
 
 
-def sweep_stage_root(stage_root: Path) -> None:
-    """Remove what killed calls left: the folders whose lock nobody holds, and segments of MPI."""
-    sweep_segments()
+def sweep_stage_root(stage_root: Path, patience_s: float | None = None) -> None:
+    """Remove what killed calls left: the folders whose lock nobody holds, and segments of MPI.
+
+    `patience_s` as in `keepstill.segments.sweep_segments`.
+    """
+    sweep_segments(patience_s=patience_s)
     for folder in stage_root.glob("[!.]*/"):
         with contextlib.suppress(OSError), (folder / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

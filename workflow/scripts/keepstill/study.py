@@ -40,7 +40,6 @@ from keepstill.multi_echo import with_leaders
 from keepstill.realigned import shared_reference_path
 from keepstill.run_table import read_run_table
 from keepstill.scopes import RUN, SESSION, first_runs, scope_name
-from keepstill.segments import sweep_segments
 from keepstill.settings import SBREF, RealignSettings, with_sbref
 from keepstill.stage import (
     claim_stage_root,
@@ -485,8 +484,7 @@ def sweep_study(study: Study) -> None:
 
     Called when a call's or a job's ranks have ended: what these left in /dev/shm goes too.
     """
-    sweep_stage_root(study.stage_root)
-    sweep_segments(patience_s=_RANKS_START_S)
+    sweep_stage_root(study.stage_root, _RANKS_START_S)
     with contextlib.suppress(OSError):
         study.stage_root.rmdir()
 

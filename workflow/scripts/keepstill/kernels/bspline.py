@@ -215,8 +215,7 @@ def fill_weights(degree: int, t: NDArray[np.float32], out: NDArray[np.float32]) 
 
     Parameters
     ----------
-    degree : int
-        1 to 5.
+    degree : int, 1 to 5
     t : (n,) float32
         Position minus base index: 0 to 1 for odd degrees (base = floor), -0.5 to 0.5 for even
         ones (base = nearest).
@@ -224,9 +223,8 @@ def fill_weights(degree: int, t: NDArray[np.float32], out: NDArray[np.float32]) 
         Filled; slots that the degree does not reach stay zero. The largest central weight
         follows from the others, so that the six sum to one.
     """
-    n = t.size
     one = np.float32(1)
-    for i in range(n):
+    for i in range(t.size):
         a = t[i]
         b = one - a
         if degree == 5:

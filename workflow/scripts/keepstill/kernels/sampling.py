@@ -304,17 +304,15 @@ def _fill_block(
         The padded volume as one line.
     strides : (origin, row, plane)
         Where tap slot (0, 0, 0) of point i stands, and the distances to the next row and plane.
-    slots : (first, number)
-        Tap slots of the degree.
+    slots : (first, number), of the degree's taps
     lines : (19 * 80,) float32
         The lines of work space as one; the sums are filled.
 
     Notes
     -----
-    Two rows of taps are summed in one expression, which halves the loads of the x weights and
-    of the sums; of an odd number the last is paired with a slot of zero weight. Indices are
-    unsigned: a signed index may be negative and would have to be tested, and then sixteen
-    neighbours are no longer one load.
+    Two rows of taps are summed in one expression, which halves the loads of x weights and sums; of
+    an odd number the last is paired with a slot of zero weight. Indices are unsigned: a signed one
+    would have to be tested, and then sixteen neighbours are no longer one load.
     """
     point = _U(i)
     x0, x1, x2 = point, point + _U(_LINE), point + _U(2 * _LINE)
